@@ -1,0 +1,7 @@
+"""Building blocks of the networks: modules from tensors to tensors, no models, no scripts."""
+
+from .ss2d import SS2D
+from .swin import SwinAttentionBlock, SwinBlock, WindowAttention
+from .vss import VSSBlock
+
+__all__ = ["SS2D", "SwinAttentionBlock", "SwinBlock", "VSSBlock", "WindowAttention"]

@@ -1,0 +1,168 @@
+"""Window attention and Swin blocks on channels-last maps (Liu et al., arXiv:2103.14030)."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from compressai.layers import AttentionBlock, conv1x1
+from einops import rearrange
+from timm.layers import DropPath
+from torch import Tensor
+
+__all__ = ["SwinAttentionBlock", "SwinBlock", "WindowAttention"]
+
+
+def _relative_positions(window_size: int) -> Tensor:
+    """Offsets between all pairs of pixels of a window, shifted to be >= 0: (p*p, p*p, 2)."""
+    rows, columns = torch.meshgrid(
+        torch.arange(window_size), torch.arange(window_size), indexing="ij"
+    )
+    positions = torch.stack((rows.flatten(), columns.flatten()), dim=-1)
+    return positions[:, None] - positions[None, :] + window_size - 1
+
+
+class WindowAttention(nn.Module):
+    """Multi-head self-attention inside square windows, with a learned relative position bias.
+
+    Maps whose sides are not multiples of the window are padded with zeros at the bottom and the
+    right and cropped again, so any size from 1x1 up works.
+
+    Args:
+        dim: channels of the map, a multiple of ``head_dim``.
+        head_dim: channels of one head.
+        window_size: side of a window in pixels.
+        shift: pixels by which the windows are moved up and left (0: not at all). Pixels that
+            become neighbours only through the cyclic shift do not see each other.
+    """
+
+    def __init__(self, dim: int, head_dim: int, window_size: int, shift: int = 0):
+        super().__init__()
+        if dim % head_dim:
+            raise ValueError(
+                f"dim {dim} is not a multiple of head_dim {head_dim}; choose one that divides it"
+            )
+        self.num_heads = dim // head_dim
+        self.window_size = window_size
+        self.shift = shift
+        self.scale = head_dim**-0.5
+        self.embedding_layer = nn.Linear(dim, 3 * dim)
+        self.relative_position_params = nn.Parameter(
+            torch.empty(self.num_heads, 2 * window_size - 1, 2 * window_size - 1)
+        )
+        nn.init.trunc_normal_(self.relative_position_params, std=0.02)
+        self.linear = nn.Linear(dim, dim)
+        offsets = _relative_positions(window_size)
+        self.register_buffer("_rows", offsets[..., 0], persistent=False)
+        self.register_buffer("_columns", offsets[..., 1], persistent=False)
+
+    def _shift_mask(self, rows: int, columns: int, device: torch.device) -> Tensor:
+        """True where two pixels of a window may see each other: (rows * columns, p*p, p*p)."""
+        p = self.window_size
+
+        def region(windows: int) -> Tensor:
+            wrapped = torch.zeros(windows * p, dtype=torch.bool, device=device)
+            wrapped[-self.shift :] = True
+            return wrapped
+
+        regions = 2 * region(rows)[:, None].int() + region(columns)[None, :].int()
+        regions = rearrange(regions, "(r p) (c q) -> (r c) (p q)", p=p, q=p)
+        return regions[:, :, None] == regions[:, None, :]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, height, width, dim) to the same shape."""
+        height, width = x.shape[1:3]
+        p = self.window_size
+        x = F.pad(x, (0, 0, 0, -width % p, 0, -height % p))
+        rows, columns = x.shape[1] // p, x.shape[2] // p
+        if self.shift:
+            x = x.roll((-self.shift, -self.shift), dims=(1, 2))
+
+        x = rearrange(x, "b (r p) (c q) d -> b (r c) (p q) d", p=p, q=p)
+        q, k, v = rearrange(
+            self.embedding_layer(x), "b w n (s h d) -> s (b w) h n d", s=3, h=self.num_heads
+        )
+        bias = self.relative_position_params[:, self._rows, self._columns]  # (heads, p*p, p*p)
+        if self.shift:
+            mask = self._shift_mask(rows, columns, x.device)
+            bias = bias.masked_fill(~mask[:, None], -torch.inf)  # (windows, heads, p*p, p*p)
+            bias = bias.repeat(x.shape[0], 1, 1, 1)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=self.scale)
+        x = rearrange(x, "(b w) h n d -> b w n (h d)", w=rows * columns)
+        x = self.linear(x)
+        x = rearrange(x, "b (r c) (p q) d -> b (r p) (c q) d", r=rows, p=p)
+
+        if self.shift:
+            x = x.roll((self.shift, self.shift), dims=(1, 2))
+        return x[:, :height, :width]
+
+
+class SwinBlock(nn.Module):
+    """Pre-norm transformer block with window attention: (batch, height, width, dim) to the same.
+
+    Args:
+        dim, head_dim, window_size, shift: see `WindowAttention`.
+        mlp_ratio: hidden width of the MLP as a multiple of ``dim``.
+        drop_path: probability of dropping a residual branch in training.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        head_dim: int,
+        window_size: int = 8,
+        shift: int = 0,
+        mlp_ratio: int = 4,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(dim)
+        self.msa = WindowAttention(dim, head_dim, window_size, shift)
+        self.drop_path = DropPath(drop_path)
+        self.ln2 = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(
+            nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.msa(self.ln1(x)))
+        return x + self.drop_path(self.mlp(self.ln2(x)))
+
+
+class _SwinPair(nn.Module):
+    """A Swin block and one with shifted windows, as an NCHW module."""
+
+    def __init__(self, dim: int, head_dim: int, window_size: int, drop_path: float):
+        super().__init__()
+        self.block_1 = SwinBlock(dim, head_dim, window_size, 0, drop_path=drop_path)
+        self.block_2 = SwinBlock(dim, head_dim, window_size, window_size // 2, drop_path=drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = rearrange(x, "b d h w -> b h w d")
+        return rearrange(self.block_2(self.block_1(x)), "b h w d -> b d h w")
+
+
+class SwinAttentionBlock(AttentionBlock):
+    """CompressAI's attention block with Swin blocks before its mask (Liu et al., arXiv:2303.14978).
+
+    A 1x1 convolution reduces the input to ``hidden_dim`` channels; the trunk ``conv_a`` is gated
+    by the sigmoid of ``conv_b`` applied to the Swin blocks' output; a second 1x1 convolution
+    restores the width.
+
+    Args:
+        dim: channels of input and output.
+        hidden_dim: channels inside.
+        head_dim, window_size, drop_path: see `SwinBlock`.
+    """
+
+    def __init__(
+        self, dim: int, hidden_dim: int, head_dim: int, window_size: int, drop_path: float = 0.0
+    ):
+        super().__init__(hidden_dim)
+        self.in_conv = conv1x1(dim, hidden_dim)
+        self.non_local_block = _SwinPair(hidden_dim, head_dim, window_size, drop_path)
+        self.out_conv = conv1x1(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, dim, height, width) to the same shape."""
+        x = self.in_conv(x)
+        gate = torch.sigmoid(self.conv_b(self.non_local_block(x)))
+        return self.out_conv(x + self.conv_a(x) * gate)

@@ -1,0 +1,28 @@
+"""Visual state-space block of MambaVC (arXiv:2405.15413, section 3.2)."""
+
+import torch.nn as nn
+from timm.layers import DropPath
+from torch import Tensor
+
+from .ss2d import SS2D
+
+__all__ = ["VSSBlock"]
+
+
+class VSSBlock(nn.Module):
+    """``x + DropPath(SS2D(LayerNorm(x)))`` on (batch, dim, height, width) maps.
+
+    Args:
+        dim: channels of input and output.
+        drop_path: probability of dropping the residual branch of a sample in training.
+    """
+
+    def __init__(self, dim: int, drop_path: float = 0.0):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.op = SS2D(dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        return (x + self.drop_path(self.op(self.norm(x)))).permute(0, 3, 1, 2)

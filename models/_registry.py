@@ -1,0 +1,40 @@
+"""Names of the models the command line can build."""
+
+from collections.abc import Callable
+
+import compressai.registry
+import torch.nn as nn
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+
+
+def register_model(name: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
+    """Register a model class or preset here and with CompressAI; a name can be used only once.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+
+    def decorator(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+        if name in _BUILDERS:
+            raise ValueError(f"model name {name!r} is already registered; choose another name")
+        _BUILDERS[name] = compressai.registry.register_model(name)(builder)
+        return builder
+
+    return decorator
+
+
+def list_models() -> list[str]:
+    """Names that `build_model` accepts, sorted."""
+    return sorted(_BUILDERS)
+
+
+def build_model(name: str, **kwargs) -> nn.Module:
+    """Build a registered model; keyword arguments override those of the preset.
+
+    Raises:
+        ValueError: the name is unknown.
+    """
+    if name not in _BUILDERS:
+        raise ValueError(f"unknown model {name!r}; choose from {', '.join(list_models())}")
+    return _BUILDERS[name](**kwargs)

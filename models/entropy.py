@@ -1,0 +1,214 @@
+"""Channel-wise autoregressive entropy model: one slice loop for all uses (arXiv:2007.08739)."""
+
+import contextlib
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+import torch.nn as nn
+from compressai.entropy_models import EntropyModel
+from torch import Tensor
+
+from .coder import BitstreamError, SymbolDecoder, SymbolEncoder, Tables
+
+__all__ = ["GUARD", "BitstreamError", "LatentDecoder", "LatentEncoder", "SlicePredictor"]
+
+# A scale whose logarithm lies this close to a boundary of the scale table may get another table
+# index on another device. Float64 keeps devices within about 1e-12 of each other.
+GUARD = 1e-6
+
+CodeSlice = Callable[[int, Tensor, Tensor], Tensor]
+
+
+class SlicePredictor(nn.Module):
+    """Predicts mean and scale of each channel slice of y from z_hat and the slices before it.
+
+    Args:
+        h_mean_s, h_scale_s: hyper-synthesis transforms, (batch, Z, h/4, w/4) to (batch, M, h, w).
+        atten_mean, atten_scale: one attention per slice on the hyper-latents and the support.
+        cc_mean_transforms, cc_scale_transforms: from there to a slice's mean and scale.
+        lrp_transforms: latent residual prediction, which corrects the rounded slice.
+        max_support_slices: decoded slices that a slice is predicted from, at most.
+    """
+
+    def __init__(
+        self,
+        h_mean_s: nn.Module,
+        h_scale_s: nn.Module,
+        atten_mean: nn.ModuleList,
+        atten_scale: nn.ModuleList,
+        cc_mean_transforms: nn.ModuleList,
+        cc_scale_transforms: nn.ModuleList,
+        lrp_transforms: nn.ModuleList,
+        max_support_slices: int,
+    ):
+        super().__init__()
+        self.h_mean_s = h_mean_s
+        self.h_scale_s = h_scale_s
+        self.atten_mean = atten_mean
+        self.atten_scale = atten_scale
+        self.cc_mean_transforms = cc_mean_transforms
+        self.cc_scale_transforms = cc_scale_transforms
+        self.lrp_transforms = lrp_transforms
+        self.max_support_slices = max_support_slices
+
+    def forward(self, z_hat: Tensor, code_slice: CodeSlice) -> Tensor:
+        """Walk over the slices and return y_hat (batch, M, h, w).
+
+        ``code_slice(i, mu, scale)`` turns the prediction of slice i into the quantised slice:
+        by rounding y in training and estimation, by encoding its symbols, or by decoding them.
+        """
+        latent_means = self.h_mean_s(z_hat)
+        latent_scales = self.h_scale_s(z_hat)
+        y_hat: list[Tensor] = []
+        for i in range(len(self.lrp_transforms)):
+            support = y_hat[: self.max_support_slices]
+            mean_support = self.atten_mean[i](torch.cat([latent_means, *support], dim=1))
+            scale_support = self.atten_scale[i](torch.cat([latent_scales, *support], dim=1))
+            mu = self.cc_mean_transforms[i](mean_support)
+            scale = self.cc_scale_transforms[i](scale_support)
+            y_hat_slice = code_slice(i, mu, scale)
+            residual = self.lrp_transforms[i](torch.cat([mean_support, y_hat_slice], dim=1))
+            y_hat.append(y_hat_slice + 0.5 * torch.tanh(residual))
+        return torch.cat(y_hat, dim=1)
+
+
+@contextlib.contextmanager
+def deterministic_arithmetic() -> Iterator[None]:
+    """Fixed convolution algorithms without TF32, so that both ends of a stream compute alike."""
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
+        yield
+
+
+def _flat(values: Tensor) -> list[np.ndarray]:
+    """(batch, ...) tensor as one flat int32 array per image, in (channel, row, column) order."""
+    return list(values.to(torch.int32).flatten(1).cpu().numpy())
+
+
+class _LatentCoder:
+    """What encoder and decoder share: table indexes, and the checksum of all symbols."""
+
+    def __init__(self, bottleneck: EntropyModel, conditional: EntropyModel, batch: int):
+        self.z_tables = Tables.of(bottleneck)
+        self.y_tables = Tables.of(conditional)
+        # The last entry has no upper boundary.
+        self.boundaries = conditional.scale_table[:-1].double()
+        self.crcs = [0] * batch
+        self.position = 0  # symbols of y coded so far in each image
+
+    def table_indexes(self, scale: Tensor) -> Tensor:
+        """Index of the narrowest table entry that is not below the scale: int64, like scale."""
+        return torch.bucketize(scale.double().contiguous(), self.boundaries)
+
+    def z_indexes(self, shape: Sequence[int]) -> np.ndarray:
+        """Table index of each symbol of z, which is its channel."""
+        channels = len(self.z_tables.lengths)
+        return np.repeat(np.arange(channels, dtype=np.int32), shape[0] * shape[1])
+
+    def checksum(self, image: int, symbols: np.ndarray) -> None:
+        data = np.ascontiguousarray(symbols, dtype="<i4").tobytes()
+        self.crcs[image] = zlib.crc32(data, self.crcs[image])
+
+
+class LatentEncoder(_LatentCoder):
+    """Collects the symbols of z and of the slices of y and turns them into strings.
+
+    Attributes:
+        guards: per image, the (position, index) of each symbol of y whose scale lies within
+            `GUARD` of a table boundary; positions count in coding order.
+        crcs: per image, the CRC-32 of all symbols of z and y (little-endian int32, coding order).
+    """
+
+    def __init__(self, bottleneck: EntropyModel, conditional: EntropyModel, y: Tensor):
+        super().__init__(bottleneck, conditional, len(y))
+        self.y = y
+        self.guards: list[list[tuple[int, int]]] = [[] for _ in y]
+        self.encoders = [SymbolEncoder(self.y_tables) for _ in y]
+
+    def encode_z(self, z: Tensor, medians: Tensor) -> tuple[list[bytes], Tensor]:
+        """Return the strings of z and z_hat in float64."""
+        symbols = torch.round(z - medians)
+        strings = []
+        for image, values in enumerate(_flat(symbols)):
+            encoder = SymbolEncoder(self.z_tables)
+            encoder.put(values, self.z_indexes(z.shape[-2:]))
+            strings.append(encoder.flush())
+            self.checksum(image, values)
+        return strings, symbols.double() + medians.double()
+
+    def code_slice(self, i: int, mu: Tensor, scale: Tensor) -> Tensor:
+        """Encode slice i of y; see `SlicePredictor.forward`."""
+        if not (mu.isfinite().all() and scale.isfinite().all()):
+            raise ValueError(
+                "the entropy model predicts values that are not finite; "
+                "check the weights and that the picture is in [0, 1]"
+            )
+        channels = mu.shape[1]
+        symbols = torch.round(self.y[:, i * channels : (i + 1) * channels].to(mu.dtype) - mu)
+        indexes = self.table_indexes(scale)
+        self._guard(scale, indexes)
+        for image, (values, rows) in enumerate(zip(_flat(symbols), _flat(indexes), strict=True)):
+            self.encoders[image].put(values, rows)
+            self.checksum(image, values)
+        self.position += symbols[0].numel()
+        return symbols + mu
+
+    def _guard(self, scale: Tensor, indexes: Tensor) -> None:
+        log_scale = scale.double().clamp(min=1e-12).log()
+        log_boundaries = self.boundaries.log()
+        last = len(log_boundaries) - 1
+        # An index lies between boundary index - 1 below it and boundary index above it.
+        near = torch.minimum(
+            (log_scale - log_boundaries[(indexes - 1).clamp(min=0)]).abs(),
+            (log_scale - log_boundaries[indexes.clamp(max=last)]).abs(),
+        )
+        for image, position in (near < GUARD).flatten(1).nonzero().tolist():
+            index = int(indexes[image].flatten()[position])
+            self.guards[image].append((self.position + position, index))
+
+    def strings(self) -> list[bytes]:
+        """The string of y of each image, once all slices are coded."""
+        return [encoder.flush() for encoder in self.encoders]
+
+
+class LatentDecoder(_LatentCoder):
+    """Reads the symbols that `LatentEncoder` wrote, slice by slice.
+
+    Args:
+        y_strings, guards: per image, as the encoder made them.
+    """
+
+    def __init__(
+        self,
+        bottleneck: EntropyModel,
+        conditional: EntropyModel,
+        y_strings: Sequence[bytes],
+        guards: Sequence[Sequence[tuple[int, int]]],
+    ):
+        super().__init__(bottleneck, conditional, len(y_strings))
+        self.guards = guards
+        self.decoders = [SymbolDecoder(string, self.y_tables) for string in y_strings]
+
+    def decode_z(self, strings: Sequence[bytes], shape: Sequence[int], medians: Tensor) -> Tensor:
+        """Return z_hat (batch, Z, *shape) in float64."""
+        images = []
+        for image, string in enumerate(strings):
+            values = SymbolDecoder(string, self.z_tables).get(self.z_indexes(shape))
+            self.checksum(image, values)
+            images.append(torch.from_numpy(values).reshape(-1, *shape))
+        return torch.stack(images).to(medians.device).double() + medians.double()
+
+    def code_slice(self, i: int, mu: Tensor, scale: Tensor) -> Tensor:
+        """Decode slice i of y; see `SlicePredictor.forward`."""
+        count = mu[0].numel()
+        images = []
+        for image, rows in enumerate(_flat(self.table_indexes(scale))):
+            for position, index in self.guards[image]:
+                if self.position <= position < self.position + count:
+                    rows[position - self.position] = index
+            values = self.decoders[image].get(rows)
+            self.checksum(image, values)
+            images.append(torch.from_numpy(values).reshape(mu.shape[1:]))
+        self.position += count
+        return torch.stack(images).to(mu.device).to(mu.dtype) + mu
