@@ -1,0 +1,337 @@
+"""Rate-distortion curves and BD-rates of result files in CompressAI's format.
+
+::
+
+    python -m results.plot
+    python -m results.plot vtm-18.0 tcm-large --ours runs/mambavc.json --output rd.png
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import bjontegaard
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from scipy.interpolate import PchipInterpolator
+
+from results import style
+from utils import UsageError, atomic_write, mean, ms_ssim_db, run_main
+
+PUBLISHED = Path(__file__).parent / "published"
+DEFAULT_CURVES = ("mlic-plus-plus", "mambaic", "tcm-large", "elic", "cheng2020-anchor", "bpg")
+DEFAULT_OURS = ("mambavc",)
+DEFAULT_ANCHOR = "vtm"
+
+QUALITY = {"psnr": "PSNR [dB]", "ms-ssim": "MS-SSIM [dB]"}
+TIMES = {"encode-time": "encode_time", "decode-time": "decode_time"}
+PANELS = (*QUALITY, "saving", *TIMES)
+PANEL_WIDTH, PANEL_HEIGHT = 5.0, 4.0  # inches, with the names of the lines
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One codec's operating points, sorted by rate.
+
+    Attributes:
+        name: as drawn.
+        bpp: bits per pixel, rising.
+        quality: dB per point, for "psnr" and, where measured, "ms-ssim".
+        seconds: per picture, mean over the points, for "encode-time" and "decode-time".
+    """
+
+    name: str
+    bpp: np.ndarray
+    quality: dict[str, np.ndarray]
+    seconds: dict[str, float]
+
+
+def load_curve(source: str) -> Curve:
+    """Read a result file, given by its path or by its name among the published ones.
+
+    Raises:
+        UsageError: there is no such file, or it does not hold a rate-distortion curve.
+    """
+    path = Path(source)
+    if not path.is_file():
+        path = PUBLISHED / f"{source}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PUBLISHED.glob("*.json")))
+        raise UsageError(f"{source} is neither a file nor one of the published curves: {known}")
+    try:
+        data = json.loads(path.read_text())
+        name, results = data["name"], data["results"]
+        bpp = np.array(results["bpp"], dtype=float)
+        columns = {"psnr": np.array(results["psnr-rgb"], dtype=float)}
+        ms_ssim = results.get("ms-ssim-rgb", [])
+        if ms_ssim and None not in ms_ssim:
+            columns["ms-ssim"] = np.array([ms_ssim_db(value) for value in ms_ssim])
+        seconds = {p: mean(results[key]) for p, key in TIMES.items() if results.get(key)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path} does not hold a curve ({error!r}); expected "
+            '{"name": ..., "results": {"bpp": [...], "psnr-rgb": [...]}}'
+        ) from None
+    sizes = {len(bpp), *(len(column) for column in columns.values())}
+    if len(sizes) > 1 or not len(bpp) or bpp.min() <= 0:
+        raise UsageError(f"{path}: expected lists of one length, with every bpp above 0")
+    order = np.argsort(bpp)
+    return Curve(name, bpp[order], {k: v[order] for k, v in columns.items()}, seconds)
+
+
+def bd_rate(anchor: Curve, curve: Curve, metric: str = "psnr", method: str = "pchip") -> float:
+    """Mean difference in rate at equal quality, in percent of the anchor's (negative: saved).
+
+    Taken over the interval of quality that both curves cover (Bjontegaard, VCEG-M33), with
+    piecewise interpolation of log rate over quality in dB (`method`: "pchip" or "akima"). NaN
+    where a curve lacks the metric, has fewer than two points, does not rise, or where the two do
+    not overlap.
+    """
+    if metric not in anchor.quality or metric not in curve.quality:
+        return math.nan
+    a, b = anchor.quality[metric], curve.quality[metric]
+    if min(len(a), len(b)) < 2 or min(np.diff(a).min(), np.diff(b).min()) <= 0:
+        return math.nan
+    if min(a.max(), b.max()) <= max(a.min(), b.min()):
+        return math.nan
+    value = bjontegaard.bd_rate(
+        anchor.bpp, a, curve.bpp, b, method, require_matching_points=False, min_overlap=0
+    )
+    return float(value)
+
+
+def bd_table(anchor: Curve, curves: Sequence[Curve], method: str = "pchip") -> list[dict]:
+    """BD-rates of all curves, best first by PSNR.
+
+    Returns:
+        Rows with ``name``, ``psnr`` and ``ms-ssim`` (percent or None) and ``psnr_interval``, the
+        dB that both curves cover (None where they do not overlap).
+    """
+    rows = []
+    for curve in curves:
+        a, b = anchor.quality["psnr"], curve.quality["psnr"]
+        interval = [float(max(a.min(), b.min())), float(min(a.max(), b.max()))]
+        row: dict = {
+            "name": curve.name,
+            "psnr_interval": interval if interval[0] < interval[1] else None,
+        }
+        for metric in QUALITY:
+            value = bd_rate(anchor, curve, metric, method)
+            row[metric] = None if math.isnan(value) else value
+        rows.append(row)
+    return sorted(rows, key=lambda row: math.inf if row["psnr"] is None else row["psnr"])
+
+
+def format_table(rows: Sequence[dict], anchor: Curve, method: str) -> str:
+    """The rows of `bd_table` as a Markdown table."""
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:+.2f} %"
+
+    lines = [
+        f"BD-rate against {anchor.name} ({method})",
+        "",
+        "| codec | BD-rate, PSNR | over | BD-rate, MS-SSIM |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        interval = row["psnr_interval"]
+        over = f"{interval[0]:.1f} to {interval[1]:.1f} dB" if interval else "no overlap"
+        psnr, ms_ssim = percent(row["psnr"]), percent(row["ms-ssim"])
+        lines.append(f"| {row['name']} | {psnr} | {over} | {ms_ssim} |")
+    return "\n".join(lines)
+
+
+def _rate_at(curve: Curve, psnr: np.ndarray) -> np.ndarray:
+    """Bits per pixel that a curve needs for a PSNR; interpolated as for the BD-rate."""
+    return np.exp(PchipInterpolator(curve.quality["psnr"], np.log(curve.bpp))(psnr))
+
+
+def _line(curve: Curve, panel: str, anchor: Curve, bpp: tuple[float, float], x: np.ndarray):
+    """Points (x, y) of a curve in a quality or saving panel, at rates to be shown."""
+    if panel == "saving":
+        rate = _rate_at(curve, x)
+        y = 100 * (1 - rate / _rate_at(anchor, x))
+    else:
+        rate = x
+        y = PchipInterpolator(curve.bpp, curve.quality[panel])(x)
+    shown = (rate >= bpp[0]) & (rate <= bpp[1])
+    return x[shown], y[shown]
+
+
+def _draw_line(
+    axes: Axes, curve: Curve, panel: str, anchor: Curve, bpp: tuple[float, float], colour: str
+) -> list[tuple[str, float, float, str]]:
+    """Draw one curve in a quality or saving panel; return what `style.label_lines` needs."""
+    points = curve.bpp
+    if panel == "saving":
+        points = curve.quality["psnr"]
+        covered = anchor.quality["psnr"]
+        points = points[(points >= covered.min()) & (points <= covered.max())]
+    if not len(points):
+        return []
+    ours = colour == style.ACCENT
+    look = {"color": colour, "zorder": 4 if ours else 3}
+    dense = np.linspace(points[0], points[-1], 300)
+    x, y = _line(curve, panel, anchor, bpp, dense)
+    axes.plot(x, y, linewidth=2.4 if ours else 1.3, **look)
+    axes.plot(*_line(curve, panel, anchor, bpp, points), "o", markersize=5 if ours else 3, **look)
+    return [(curve.name, x[-1], y[-1], colour)] if len(x) else []
+
+
+def _draw_times(
+    axes: Axes, panel: str, curves: Sequence[tuple[str, Curve]], anchor: Curve, method: str
+) -> None:
+    """BD-rate over seconds per picture: towards the lower left is better."""
+    for colour, curve in curves:
+        point = (curve.seconds[panel], bd_rate(anchor, curve, "psnr", method))
+        axes.plot(*point, "o", color=colour, markersize=6)
+        axes.annotate(
+            curve.name,
+            point,
+            xytext=(6, 4),
+            textcoords="offset points",
+            color=colour,
+            fontsize=8.5,
+        )
+    axes.set_xscale("log")
+    axes.margins(0.25)
+    axes.set_xlabel(f"{panel.removesuffix('-time')} time [s per picture]")
+    axes.set_ylabel(f"BD-rate against {anchor.name} [%]")
+
+
+def _drawable(curve: Curve, panel: str, anchor: Curve) -> bool:
+    """Whether a curve has what a panel shows."""
+    if panel in TIMES:
+        return panel in curve.seconds and not math.isnan(bd_rate(anchor, curve))
+    metric = "psnr" if panel == "saving" else panel
+    return (
+        metric in curve.quality
+        and len(curve.bpp) > 1
+        and np.diff(curve.bpp).min() > 0
+        and np.diff(curve.quality[metric]).min() > 0
+    )
+
+
+def draw(
+    ours: Sequence[Curve],
+    others: Sequence[Curve],
+    anchor: Curve,
+    panels: Sequence[str],
+    output: Path,
+    *,
+    bpp: tuple[float, float] = (0.08, 0.95),
+    method: str = "pchip",
+    title: str = "",
+) -> None:
+    """Draw the panels side by side into a picture file.
+
+    Args:
+        ours: in the accent colour, on top.
+        others, anchor: in the other colours; the anchor is also what savings are relative to.
+        panels: of `PANELS`. "psnr" and "ms-ssim" are quality over bpp, "saving" is the rate saved
+            at equal PSNR, "encode-time" and "decode-time" are BD-rate over seconds.
+        bpp: rates to show.
+
+    Raises:
+        UsageError: no curve has what a panel shows.
+    """
+    palette = [style.OTHERS[i % len(style.OTHERS)] for i in range(len(others))]
+    curves = [
+        *zip(palette, others, strict=True),
+        (style.MUTED, anchor),
+        *((style.ACCENT, curve) for curve in ours),
+    ]
+    with plt.rc_context(style.RC):
+        width = PANEL_WIDTH * len(panels)
+        figure, row = plt.subplots(1, len(panels), figsize=(width, PANEL_HEIGHT), squeeze=False)
+        for i, (axes, panel) in enumerate(zip(row[0], panels, strict=True)):
+            # Fixed places, so that the names beside the axes have room.
+            x0 = (i * PANEL_WIDTH + 0.6) / width
+            axes.set_position([x0, 0.12, (PANEL_WIDTH - 0.6 - 1.35) / width, 0.78])
+            available = [pair for pair in curves if _drawable(pair[1], panel, anchor)]
+            if not available:
+                raise UsageError(f"no curve has the data of panel {panel}; leave the panel out")
+            if panel in TIMES:
+                _draw_times(axes, panel, available, anchor, method)
+                continue
+            if panel == "saving":
+                axes.set_xlabel("PSNR [dB]")
+                axes.set_ylabel(f"rate saved against {anchor.name} [%]")
+            else:
+                axes.set_xlabel("rate [bit per pixel]")
+                axes.set_ylabel(QUALITY[panel])
+                axes.set_xlim(*bpp)
+            ends = [
+                end
+                for colour, curve in available
+                for end in _draw_line(axes, curve, panel, anchor, bpp, colour)
+            ]
+            style.label_lines(axes, ends)
+        if title:
+            figure.text(0.6 / width, 0.95, title, color=style.INK, fontweight="bold")
+        style.save(figure, output)
+        plt.close(figure)
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m results.plot",
+        description="Draw rate-distortion curves and print BD-rates of result JSON files. A curve "
+        "is the path of a file or the name of one in results/published.",
+    )
+    parser.add_argument("curves", nargs="*", default=list(DEFAULT_CURVES), metavar="CURVE")
+    parser.add_argument(
+        "--ours",
+        nargs="+",
+        default=list(DEFAULT_OURS),
+        metavar="CURVE",
+        help="drawn in the accent colour (default: %(default)s)",
+    )
+    parser.add_argument("--anchor", default=DEFAULT_ANCHOR, metavar="CURVE", help="of the BD-rates")
+    parser.add_argument(
+        "--panels",
+        nargs="+",
+        choices=PANELS,
+        default=["psnr", "ms-ssim"],
+        help="what to draw, from left to right (default: psnr ms-ssim)",
+    )
+    parser.add_argument("--bpp", nargs=2, type=float, default=(0.08, 0.95), metavar=("LOW", "HIGH"))
+    parser.add_argument("--method", choices=("pchip", "akima"), default="pchip")
+    parser.add_argument("--title", default="")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="picture (.png, .svg, .pdf)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the BD-rates here")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    anchor = load_curve(args.anchor)
+    others = [load_curve(source) for source in args.curves if source != args.anchor]
+    ours = [load_curve(source) for source in args.ours]
+    rows = bd_table(anchor, [*ours, *others], args.method)
+    print(format_table(rows, anchor, args.method))
+    if args.json is not None:
+        content = {"anchor": anchor.name, "method": args.method, "rows": rows}
+        with atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+    if args.output is not None:
+        draw(
+            ours,
+            others,
+            anchor,
+            args.panels,
+            args.output,
+            bpp=tuple(args.bpp),
+            method=args.method,
+            title=args.title,
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)
