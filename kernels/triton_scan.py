@@ -1,0 +1,1099 @@
+"""Four-direction selective scan on CUDA GPUs, forward and backward, in Triton.
+
+The scan is cut into chunks of consecutive positions. A first launch finds the state in which each
+chunk ends when it starts from zero, a short one carries the states over the chunks, and a last
+one walks every chunk again from its true first state. All directions read the picture where it
+lies: an order of scanning is only a sequence of pixel addresses.
+
+The walking kernels are written in Gluon, Triton's dialect with explicit layouts, because their
+speed is a matter of which thread holds which state. Forward, a thread owns all states of one
+channel, so that the sum over states needs no exchange. Backward, a thread owns 4 states of 4
+channels, which balances the sums over states against those over channels. With
+TRITON_INTERPRET=1 the same kernels run on CPU tensors as plain Triton, which has no layouts.
+
+Prefixes: `i_` program index, `o_` offsets, `m_` mask, `p_` pointer, `b_` block value.
+Shapes in trailing comments: N states, CH channels of the program, in the backward sweep as
+WARPS x 32. A is kept times log2(e), because the hardware's exponential has base 2.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+if knobs.runtime.interpret:
+    gl = tl
+    jit = triton.jit
+else:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+
+    jit = gluon.jit
+
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+NEWER_BARRIER = tl.constexpr(hasattr(gl, "barrier"))
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+# Programs per launch, a whole number of waves on the 132 multiprocessors of a Hopper GPU. They
+# are constants, not read from the device, so that the same input gives the same bits on any.
+STATE_PROGRAMS = 2112
+SWEEP_PROGRAMS = 528
+# Positions of which the inputs are fetched together.
+GROUP = 4
+# Backward: a state is kept in memory every SUBCHUNK positions, in shared memory every TILE, and
+# in registers at each position of one TILE.
+SUBCHUNK = 32
+TILE = 4
+MAX_WARPS = 4
+CARRY_AHEAD = 8
+PROJECTION_PIXELS = 128
+
+SIZES = ["height", "width", "chunk_size", "num_chunks", "num_subchunks", "k", "num_rows"]
+
+
+class _InterpretedSharedMemory:
+    """Shared memory for kernels that run as Python."""
+
+    def __init__(self, slots: list, slot: int = 0):
+        self.slots = slots
+        self.slot = slot
+
+    def index(self, slot):
+        slot = slot.handle.data.item() if isinstance(slot, tl.tensor) else slot
+        return _InterpretedSharedMemory(self.slots, int(slot))
+
+    def store(self, value):
+        self.slots[self.slot] = value
+
+    def load(self, layout):
+        return self.slots[self.slot]
+
+
+def _interpreted_shared_memory(size):
+    return _InterpretedSharedMemory([None] * int(size))
+
+
+@jit
+def _arange(size: tl.constexpr, layout: tl.constexpr):
+    if INTERPRETED:
+        return gl.arange(0, size)
+    else:
+        return gl.arange(0, size, layout=layout)
+
+
+@jit
+def _zeros_like(b_x):
+    return b_x * 0
+
+
+@jit
+def _barrier():
+    if INTERPRETED:
+        gl.debug_barrier()
+    elif NEWER_BARRIER:
+        gl.barrier()
+    else:
+        gl.thread_barrier()
+
+
+@jit
+def _exp2(b_x):
+    if INTERPRETED or b_x.dtype == gl.float64:
+        return gl.exp2(b_x)
+    else:
+        return gl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [b_x], dtype=gl.float32, is_pure=True, pack=1
+        )
+
+
+@jit
+def _reciprocal(b_x):
+    if INTERPRETED:
+        return 1.0 / b_x
+    else:
+        return gl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [b_x], dtype=gl.float32, is_pure=True, pack=1
+        )
+
+
+@jit
+def _softplus(b_z):
+    """log(1 + exp(z)), with the relative accuracy of the dtype where exp(z) is tiny, too."""
+    b_u = _exp2(-gl.abs(b_z) * LOG2_E)
+    if b_z.dtype == gl.float64:
+        b_v = 1.0 + b_u
+        # The second term is what rounding 1 + u lost.
+        b_log = gl.log(b_v) + (b_u - (b_v - 1.0)) / b_v
+        return gl.where(b_z > 20.0, b_z, gl.maximum(b_z, 0.0) + b_log)
+    else:
+        # log(1 + u) = 2 atanh(u / (2 + u)); the polynomial has a relative error of 4e-9.
+        b_s = b_u * _reciprocal(b_u + 2.0)
+        b_q = b_s * b_s
+        b_p = b_q * 0.28174657 + 0.27961419
+        b_p = b_q * b_p + 0.40024854
+        b_p = b_q * b_p + 0.66666316
+        b_p = b_q * b_p + 2.0
+        return gl.maximum(b_z, 0.0) + b_s * b_p
+
+
+@jit
+def _first_pixel(position, k, height, width):
+    """Where direction k reads at `position` of its order, and what leads on from there.
+
+    Returns the pixel, the number of steps before the order jumps to its next line, the steps
+    from one jump to the next, and how far a step and a jump lead.
+    """
+    length = height * width
+    is_reversed = k >= 2
+    is_column = (k % 2) == 1
+    q = gl.where(is_reversed, length - 1 - position, position)
+    sign = gl.where(is_reversed, -1, 1)
+    line = gl.where(is_column, height, length)
+    inner = q % line
+    pixel = gl.where(is_column, inner * width + q // line, q)
+    left = gl.where(is_reversed, inner, line - 1 - inner)
+    step = gl.where(is_column, sign * width, sign)
+    jump = gl.where(is_column, sign * (1 - (height - 1) * width), sign)
+    return pixel, left, line, step, jump
+
+
+@jit
+def _next_pixel(pixel, left, line, step, jump):
+    is_last = left == 0
+    return pixel + gl.where(is_last, jump, step), gl.where(is_last, line - 1, left - 1)
+
+
+@jit
+def _load_row(p_row, o_row, SIZE: tl.constexpr, ACC: tl.constexpr):
+    """SIZE numbers that all channels share, zero up to the padded size."""
+    if o_row.shape[0] == SIZE:
+        return gl.load(p_row + o_row).to(ACC)
+    else:
+        return gl.load(p_row + o_row, mask=o_row < SIZE, other=0.0).to(ACC)
+
+
+@jit
+def _load_channels(p_pixel, m_c, ACC: tl.constexpr):
+    return gl.load(p_pixel, mask=m_c, other=0.0).to(ACC)
+
+
+@jit
+def _load_direction(
+    dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r,
+    DIM: tl.constexpr, DSTATE: tl.constexpr, RANK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The parameters of direction k: W (R, CH), bias (CH), A log2(e) (N, CH)."""
+    m_c = o_c < DIM
+    o_kc = k * DIM + o_c
+    p_W = dt_projs_weight + o_kc[None, :] * RANK + o_r[:, None]
+    b_W = gl.load(p_W, mask=(o_r < RANK)[:, None] & m_c[None, :], other=0.0).to(ACC)
+    b_bias = gl.load(dt_projs_bias + o_kc, mask=m_c, other=0.0).to(ACC)
+    p_A = A_logs + o_kc[None, :] * DSTATE + o_n[:, None]
+    b_A = gl.load(p_A, mask=(o_n < DSTATE)[:, None] & m_c[None, :], other=0.0).to(ACC)
+    return b_W, b_bias, -_exp2(b_A * LOG2_E) * LOG2_E
+
+
+@jit
+def _delta(p_row, b_W, b_bias, o_r, RANK: tl.constexpr, ACC: tl.constexpr):
+    b_r = _load_row(p_row, o_r, RANK, ACC)
+    return _softplus(b_bias + gl.sum(b_W * b_r[:, None], axis=0))
+
+
+@jit(do_not_specialize=SIZES)
+def _chunk_state_kernel(
+    x,  # (batch, height, width, DIM)
+    x_dbl,  # (batch, height, width, 4, RANK + 2 * DSTATE)
+    dt_projs_weight,  # (4, DIM, RANK)
+    dt_projs_bias,  # (4, DIM)
+    A_logs,  # (4 * DIM, DSTATE)
+    states,  # (batch, 4, num_chunks, DSTATE, DIM), of which chunk i + 1 is written
+    delta_sums,  # (batch, 4, num_chunks, DIM)
+    height,
+    width,
+    chunk_size,
+    num_chunks,
+    DIM: tl.constexpr,
+    DSTATE: tl.constexpr,
+    RANK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED_DSTATE: tl.constexpr,
+    PADDED_RANK: tl.constexpr,
+    STEPS: tl.constexpr,
+    ACC: tl.constexpr,
+    BY_STATE: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+):
+    """The state that each chunk but the last adds, and its sum of delta."""
+    NUM_BLOCKS: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
+    ROW: tl.constexpr = RANK + 2 * DSTATE
+    i_block = gl.program_id(0) % NUM_BLOCKS
+    k = gl.program_id(0) // NUM_BLOCKS
+    i_chunk = gl.program_id(1)
+    i_b = gl.program_id(2).to(gl.int64)
+    length = height * width
+
+    # A reversed direction starts with the chunk at the end of the picture, the only short one.
+    last_size = length - (num_chunks - 1) * chunk_size
+    start = gl.where(k >= 2, gl.maximum(i_chunk - 1, 0) * chunk_size, i_chunk * chunk_size)
+    start = gl.where((k >= 2) & (i_chunk > 0), start + last_size, start)
+    count = gl.where((k >= 2) & (i_chunk == 0), last_size, chunk_size)
+
+    o_c = i_block * CHANNELS + _arange(CHANNELS, BY_CHANNEL)
+    o_n = _arange(PADDED_DSTATE, BY_STATE)
+    o_r = _arange(PADDED_RANK, BY_STATE)
+    m_c = o_c < DIM
+    b_W, b_bias, b_A = _load_direction(
+        dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r, DIM, DSTATE, RANK, ACC
+    )
+    p_x = x + i_b * length * DIM
+    p_rows = x_dbl + i_b * length * (4 * ROW) + k * ROW
+
+    b_h = _zeros_like(b_A)  # [N, CH]
+    b_sum = _zeros_like(b_bias)  # [CH]
+    pixel, left, line, step, jump = _first_pixel(start, k, height, width)
+    for _ in range(count // STEPS):
+        b_xs = ()
+        p_steps = ()
+        for _t in gl.static_range(STEPS):
+            o_pixel = pixel.to(gl.int64)
+            b_xs = b_xs + (_load_channels(p_x + o_pixel * DIM + o_c, m_c, ACC),)
+            p_steps = p_steps + (p_rows + o_pixel * (4 * ROW),)
+            pixel, left = _next_pixel(pixel, left, line, step, jump)
+        for t in gl.static_range(STEPS):
+            b_delta = _delta(p_steps[t], b_W, b_bias, o_r, RANK, ACC)
+            b_B = _load_row(p_steps[t] + RANK, o_n, DSTATE, ACC)
+            b_a = _exp2(b_A * b_delta[None, :])
+            b_h = b_a * b_h + b_B[:, None] * (b_delta * b_xs[t])[None, :]
+            b_sum += b_delta
+    for _ in range(count % STEPS):
+        o_pixel = pixel.to(gl.int64)
+        b_x = _load_channels(p_x + o_pixel * DIM + o_c, m_c, ACC)
+        p_row = p_rows + o_pixel * (4 * ROW)
+        b_delta = _delta(p_row, b_W, b_bias, o_r, RANK, ACC)
+        b_B = _load_row(p_row + RANK, o_n, DSTATE, ACC)
+        b_a = _exp2(b_A * b_delta[None, :])
+        b_h = b_a * b_h + b_B[:, None] * (b_delta * b_x)[None, :]
+        b_sum += b_delta
+        pixel, left = _next_pixel(pixel, left, line, step, jump)
+
+    i_slot = (i_b * 4 + k) * num_chunks + i_chunk
+    gl.store(delta_sums + i_slot * DIM + o_c, b_sum, mask=m_c)
+    p_states = states + (i_slot + 1) * (DSTATE * DIM) + o_n[:, None] * DIM + o_c[None, :]
+    gl.store(p_states, b_h, mask=(o_n < DSTATE)[:, None] & m_c[None, :])
+
+
+@jit(do_not_specialize=SIZES)
+def _carry_kernel(
+    A_logs,  # (4 * DIM, DSTATE)
+    states,  # (num_rows, num_chunks, DSTATE, DIM), in place
+    delta_sums,  # (num_rows, num_chunks, DIM)
+    num_chunks,
+    k,
+    DIM: tl.constexpr,
+    DSTATE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    BACKWARDS: tl.constexpr,
+    ACC: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+):
+    """Turn what each chunk adds into the state on entering it.
+
+    `states` of chunk i holds what the chunk before it added (the one after, if BACKWARDS).
+    All rows belong to direction k or, if k is negative, to the four directions in turn.
+    """
+    i_n = gl.program_id(1)
+    i_row = gl.program_id(2)
+    o_c = gl.program_id(0) * CHANNELS + _arange(CHANNELS, BY_CHANNEL)
+    m_c = o_c < DIM
+    direction = gl.where(k < 0, i_row % 4, k)
+    b_A = gl.load(A_logs + (direction * DIM + o_c) * DSTATE + i_n, mask=m_c, other=0.0).to(ACC)
+    b_A = -_exp2(b_A * LOG2_E) * LOG2_E
+    base = i_row.to(gl.int64) * num_chunks
+    p_states = states + base * (DSTATE * DIM) + i_n * DIM + o_c
+    p_sums = delta_sums + base * DIM + o_c
+
+    b_h = _zeros_like(b_A)
+    first = gl.where(BACKWARDS, num_chunks - 1, 0)
+    sign = gl.where(BACKWARDS, -1, 1)
+    gl.store(p_states + first.to(gl.int64) * (DSTATE * DIM), b_h, mask=m_c)
+    for i in range(0, num_chunks - 1, AHEAD):
+        b_as = ()
+        b_hs = ()
+        for j in gl.static_range(AHEAD):
+            m_ahead = m_c & (i + j < num_chunks - 1)
+            o_chunk = (first + sign * (i + j)).to(gl.int64)
+            b_sum = gl.load(p_sums + o_chunk * DIM, mask=m_ahead, other=0.0)
+            b_as = b_as + (_exp2(b_A * b_sum),)
+            p_next = p_states + (o_chunk + sign) * (DSTATE * DIM)
+            b_hs = b_hs + (gl.load(p_next, mask=m_ahead, other=0.0),)
+        for j in gl.static_range(AHEAD):
+            m_ahead = m_c & (i + j < num_chunks - 1)
+            b_h = b_as[j] * b_h + b_hs[j]
+            p_next = p_states + (first + sign * (i + j + 1)).to(gl.int64) * (DSTATE * DIM)
+            gl.store(p_next, b_h, mask=m_ahead)
+
+
+@jit
+def _output_step(
+    b_h, b_x, p_row, b_W, b_bias, b_A, o_r, o_n,
+    DSTATE: tl.constexpr, RANK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    b_delta = _delta(p_row, b_W, b_bias, o_r, RANK, ACC)
+    b_B = _load_row(p_row + RANK, o_n, DSTATE, ACC)
+    b_C = _load_row(p_row + RANK + DSTATE, o_n, DSTATE, ACC)
+    b_a = _exp2(b_A * b_delta[None, :])
+    b_h = b_a * b_h + b_B[:, None] * (b_delta * b_x)[None, :]
+    return b_h, gl.sum(b_C[:, None] * b_h, axis=0)
+
+
+@jit(do_not_specialize=SIZES)
+def _output_kernel(
+    x,  # (batch, height, width, DIM)
+    x_dbl,  # (batch, height, width, 4, RANK + 2 * DSTATE)
+    dt_projs_weight,  # (4, DIM, RANK)
+    dt_projs_bias,  # (4, DIM)
+    A_logs,  # (4 * DIM, DSTATE)
+    Ds,  # (4 * DIM)
+    states,  # (batch, 4, num_chunks, DSTATE, DIM): on entering each chunk
+    y_sum,  # (batch, height, width, DIM), accumulates; may be y
+    y,  # (batch, height, width, DIM), written by the last order
+    height,
+    width,
+    chunk_size,
+    num_chunks,
+    ORDER: tl.constexpr,
+    DIM: tl.constexpr,
+    DSTATE: tl.constexpr,
+    RANK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED_DSTATE: tl.constexpr,
+    PADDED_RANK: tl.constexpr,
+    STEPS: tl.constexpr,
+    ACC: tl.constexpr,
+    BY_STATE: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+):
+    """Add both directions of one order: 0 along rows, which begins the sum, 1 along columns.
+
+    A program walks its chunk forwards and then back, and each thread keeps to its channel: it
+    adds to what it wrote itself, or to what the launch before wrote, so no atomics are needed.
+    """
+    ROW: tl.constexpr = RANK + 2 * DSTATE
+    i_block = gl.program_id(0)
+    i_chunk = gl.program_id(1)
+    i_b = gl.program_id(2).to(gl.int64)
+    length = height * width
+    first = i_chunk * chunk_size
+    count = gl.minimum(chunk_size, length - first)
+
+    o_c = i_block * CHANNELS + _arange(CHANNELS, BY_CHANNEL)
+    o_n = _arange(PADDED_DSTATE, BY_STATE)
+    o_r = _arange(PADDED_RANK, BY_STATE)
+    m_c = o_c < DIM
+    p_x = x + i_b * length * DIM + o_c
+    p_sum = y_sum + i_b * length * DIM + o_c
+    p_y = y + i_b * length * DIM + o_c
+
+    for i_pass in gl.static_range(2):
+        k = ORDER + 2 * i_pass
+        BEGINS: tl.constexpr = ORDER == 0 and i_pass == 0
+        ENDS: tl.constexpr = ORDER == 1 and i_pass == 1
+        b_W, b_bias, b_A = _load_direction(
+            dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r, DIM, DSTATE, RANK, ACC
+        )
+        if BEGINS:
+            b_D = _zeros_like(b_bias)
+            for i in gl.static_range(4):
+                b_D += gl.load(Ds + i * DIM + o_c, mask=m_c, other=0.0).to(ACC)
+        if i_pass == 0:
+            start = first
+            i_slot = (i_b * 4 + k) * num_chunks + i_chunk
+        else:
+            start = length - first - count
+            i_slot = (i_b * 4 + k) * num_chunks + num_chunks - 1 - i_chunk
+            _barrier()
+        p_rows = x_dbl + i_b * length * (4 * ROW) + k * ROW
+        p_states = states + i_slot * (DSTATE * DIM) + o_n[:, None] * DIM + o_c[None, :]
+        b_h = gl.load(p_states, mask=(o_n < DSTATE)[:, None] & m_c[None, :], other=0.0)  # [N, CH]
+
+        pixel, left, line, step, jump = _first_pixel(start, k, height, width)
+        for _ in range(count // STEPS):
+            b_xs = ()
+            b_ys = ()
+            o_pixels = ()
+            for _t in gl.static_range(STEPS):
+                o_pixel = pixel.to(gl.int64)
+                b_xs = b_xs + (_load_channels(p_x + o_pixel * DIM, m_c, ACC),)
+                if not BEGINS:
+                    b_ys = b_ys + (_load_channels(p_sum + o_pixel * DIM, m_c, ACC),)
+                o_pixels = o_pixels + (o_pixel,)
+                pixel, left = _next_pixel(pixel, left, line, step, jump)
+            for t in gl.static_range(STEPS):
+                b_h, b_y = _output_step(
+                    b_h, b_xs[t], p_rows + o_pixels[t] * (4 * ROW), b_W, b_bias, b_A, o_r, o_n,
+                    DSTATE, RANK, ACC,
+                )  # fmt: skip
+                if BEGINS:
+                    b_y += b_D * b_xs[t]
+                else:
+                    b_y += b_ys[t]
+                if ENDS:
+                    gl.store(p_y + o_pixels[t] * DIM, b_y.to(y.dtype.element_ty), mask=m_c)
+                else:
+                    gl.store(p_sum + o_pixels[t] * DIM, b_y, mask=m_c)
+        for _ in range(count % STEPS):
+            o_pixel = pixel.to(gl.int64)
+            b_x = _load_channels(p_x + o_pixel * DIM, m_c, ACC)
+            b_h, b_y = _output_step(
+                b_h, b_x, p_rows + o_pixel * (4 * ROW), b_W, b_bias, b_A, o_r, o_n,
+                DSTATE, RANK, ACC,
+            )  # fmt: skip
+            if BEGINS:
+                b_y += b_D * b_x
+            else:
+                b_y += _load_channels(p_sum + o_pixel * DIM, m_c, ACC)
+            if ENDS:
+                gl.store(p_y + o_pixel * DIM, b_y.to(y.dtype.element_ty), mask=m_c)
+            else:
+                gl.store(p_sum + o_pixel * DIM, b_y, mask=m_c)
+            pixel, left = _next_pixel(pixel, left, line, step, jump)
+
+
+@jit
+def _adjoint_step(
+    b_h, b_P, b_G, b_x, b_dy, p_row, b_W, b_bias, b_A, o_r, o_n,
+    DSTATE: tl.constexpr, RANK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    b_delta = _delta(p_row, b_W, b_bias, o_r, RANK, ACC)
+    b_B = _load_row(p_row + RANK, o_n, DSTATE, ACC)
+    b_C = _load_row(p_row + RANK + DSTATE, o_n, DSTATE, ACC)
+    b_a = _exp2(b_A * b_delta[None, :])
+    b_h = b_a * b_h + b_B[:, None] * (b_delta * b_x)[None, :]
+    b_P = b_P * b_a
+    b_G = b_P * (b_C[:, None] * b_dy[None, :]) + b_G
+    return b_h, b_P, b_G, b_delta
+
+
+@jit(do_not_specialize=SIZES)
+def _adjoint_state_kernel(
+    dy,  # (batch, height, width, DIM)
+    x,  # (batch, height, width, DIM)
+    x_dbl,  # (batch, height, width, 4, RANK + 2 * DSTATE)
+    dt_projs_weight,  # (4, DIM, RANK)
+    dt_projs_bias,  # (4, DIM)
+    A_logs,  # (4 * DIM, DSTATE)
+    delta,  # (batch, height, width, DIM)
+    states,  # (batch, num_chunks, DSTATE, DIM), of which chunk i + 1 is written
+    adjoints,  # (batch, num_chunks, DSTATE, DIM), of which chunk i - 1 is written
+    delta_sums,  # (batch, num_chunks, DIM)
+    inner_states,  # (batch, num_chunks, num_subchunks, DSTATE, DIM)
+    inner_sums,  # (batch, num_chunks, num_subchunks, DIM)
+    dD_parts,  # (batch, num_chunks, DIM)
+    height,
+    width,
+    chunk_size,
+    num_chunks,
+    num_subchunks,
+    k,
+    DIM: tl.constexpr,
+    DSTATE: tl.constexpr,
+    RANK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED_DSTATE: tl.constexpr,
+    PADDED_RANK: tl.constexpr,
+    SUBSTEPS: tl.constexpr,
+    STEPS: tl.constexpr,
+    WITH_DD: tl.constexpr,
+    ACC: tl.constexpr,
+    BY_STATE: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+):
+    """Both chunk passes of one direction in one walk, and delta.
+
+    With P_t the product of a up to step t of the chunk, the adjoint that leaves the chunk at its
+    front is sum_t P_t C_t dy_t: it needs no walk of its own from behind.
+    """
+    ROW: tl.constexpr = RANK + 2 * DSTATE
+    i_block = gl.program_id(0)
+    i_chunk = gl.program_id(1)
+    i_b = gl.program_id(2).to(gl.int64)
+    length = height * width
+    start = i_chunk * chunk_size
+    count = gl.minimum(chunk_size, length - start)
+
+    o_c = i_block * CHANNELS + _arange(CHANNELS, BY_CHANNEL)
+    o_n = _arange(PADDED_DSTATE, BY_STATE)
+    o_r = _arange(PADDED_RANK, BY_STATE)
+    m_c = o_c < DIM
+    m_nc = (o_n < DSTATE)[:, None] & m_c[None, :]
+    o_nc = o_n[:, None] * DIM + o_c[None, :]
+    b_W, b_bias, b_A = _load_direction(
+        dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r, DIM, DSTATE, RANK, ACC
+    )
+    o_image = i_b * length * DIM
+    p_x = x + o_image + o_c
+    p_dy = dy + o_image + o_c
+    p_delta = delta + o_image + o_c
+    p_rows = x_dbl + i_b * length * (4 * ROW) + k * ROW
+    i_slot = i_b * num_chunks + i_chunk
+
+    b_h = _zeros_like(b_A)  # [N, CH]
+    b_P = b_h + 1.0
+    b_G = b_h
+    b_sum = _zeros_like(b_bias)  # [CH]
+    b_dD = b_sum
+    pixel, left, line, step, jump = _first_pixel(start, k, height, width)
+    for i_sub in range((count + SUBSTEPS - 1) // SUBSTEPS):
+        i_inner = i_slot * num_subchunks + i_sub
+        gl.store(inner_states + i_inner * (DSTATE * DIM) + o_nc, b_h, mask=m_nc)
+        gl.store(inner_sums + i_inner * DIM + o_c, b_sum, mask=m_c)
+        size = gl.minimum(SUBSTEPS, count - i_sub * SUBSTEPS)
+        for _ in range(size // STEPS):
+            b_xs = ()
+            b_dys = ()
+            o_pixels = ()
+            for _t in gl.static_range(STEPS):
+                o_pixel = pixel.to(gl.int64)
+                b_xs = b_xs + (_load_channels(p_x + o_pixel * DIM, m_c, ACC),)
+                b_dys = b_dys + (_load_channels(p_dy + o_pixel * DIM, m_c, ACC),)
+                o_pixels = o_pixels + (o_pixel,)
+                pixel, left = _next_pixel(pixel, left, line, step, jump)
+            for t in gl.static_range(STEPS):
+                b_h, b_P, b_G, b_delta = _adjoint_step(
+                    b_h, b_P, b_G, b_xs[t], b_dys[t], p_rows + o_pixels[t] * (4 * ROW),
+                    b_W, b_bias, b_A, o_r, o_n, DSTATE, RANK, ACC,
+                )  # fmt: skip
+                gl.store(p_delta + o_pixels[t] * DIM, b_delta, mask=m_c)
+                b_sum += b_delta
+                if WITH_DD:
+                    b_dD += b_xs[t] * b_dys[t]
+        for _ in range(size % STEPS):
+            o_pixel = pixel.to(gl.int64)
+            b_x = _load_channels(p_x + o_pixel * DIM, m_c, ACC)
+            b_dy = _load_channels(p_dy + o_pixel * DIM, m_c, ACC)
+            b_h, b_P, b_G, b_delta = _adjoint_step(
+                b_h, b_P, b_G, b_x, b_dy, p_rows + o_pixel * (4 * ROW),
+                b_W, b_bias, b_A, o_r, o_n, DSTATE, RANK, ACC,
+            )  # fmt: skip
+            gl.store(p_delta + o_pixel * DIM, b_delta, mask=m_c)
+            b_sum += b_delta
+            if WITH_DD:
+                b_dD += b_x * b_dy
+            pixel, left = _next_pixel(pixel, left, line, step, jump)
+
+    gl.store(delta_sums + i_slot * DIM + o_c, b_sum, mask=m_c)
+    p_states = states + (i_slot + 1) * (DSTATE * DIM) + o_nc
+    gl.store(p_states, b_h, mask=m_nc & (i_chunk + 1 < num_chunks))
+    p_adjoints = adjoints + (i_slot - 1) * (DSTATE * DIM) + o_nc
+    gl.store(p_adjoints, b_G, mask=m_nc & (i_chunk > 0))
+    if WITH_DD:
+        gl.store(dD_parts + i_slot * DIM + o_c, b_dD, mask=m_c)
+
+
+@jit
+def _join_steps(b_xs, STEPS: tl.constexpr):
+    """Join a tile's blocks, last step first, so that step t lies at index t of the last axes."""
+    if STEPS == 1:
+        return b_xs[0]
+    elif STEPS == 2:
+        return gl.join(b_xs[1], b_xs[0])
+    else:
+        gl.static_assert(STEPS == 4)
+        # The last axis is the inner one: its index counts 1, the one before it counts 2.
+        return gl.join(gl.join(b_xs[3], b_xs[1]), gl.join(b_xs[2], b_xs[0]))
+
+
+@jit(do_not_specialize=SIZES)
+def _sweep_kernel(
+    dy,  # (batch, height, width, DIM)
+    x,  # (batch, height, width, DIM)
+    x_dbl,  # (batch, height, width, 4, RANK + 2 * DSTATE)
+    A_logs,  # (4 * DIM, DSTATE)
+    Ds,  # (4 * DIM)
+    delta,  # (batch, height, width, DIM), replaced by the gradient of the loss by delta
+    states,  # (batch, num_chunks, DSTATE, DIM): on entering each chunk
+    adjoints,  # (batch, num_chunks, DSTATE, DIM): on entering each chunk from behind
+    inner_states,  # (batch, num_chunks, num_subchunks, DSTATE, DIM): from zero at the chunk
+    inner_sums,  # (batch, num_chunks, num_subchunks, DIM)
+    dx_sum,  # (batch, height, width, DIM), accumulates; may be dx
+    dx,  # (batch, height, width, DIM), written by the last direction
+    dBC_parts,  # (blocks of channels, batch, height, width, 2 * DSTATE)
+    dA_parts,  # (batch, num_chunks, DSTATE, DIM)
+    height,
+    width,
+    chunk_size,
+    num_chunks,
+    num_subchunks,
+    k,
+    BEGINS: tl.constexpr,
+    ENDS: tl.constexpr,
+    DIM: tl.constexpr,
+    DSTATE: tl.constexpr,
+    RANK: tl.constexpr,
+    WARPS: tl.constexpr,
+    PADDED_DSTATE: tl.constexpr,
+    SUBSTEPS: tl.constexpr,
+    STEPS: tl.constexpr,
+    ACC: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BY_STATE: tl.constexpr,
+    BY_WARP: tl.constexpr,
+    BY_LANE: tl.constexpr,
+    FLAT: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """Walk each chunk from behind with the adjoint g of the state.
+
+    g_t = C_t dy_t + a_{t+1} g_{t+1} with, per step, dx = sum_n g B delta + D dy,
+    d(delta) = sum_n g (B x + A a h_{t-1}), dA = sum_t g delta a h_{t-1}, dB = sum_c g delta x
+    and dC = sum_c dy h. States are found again from the nearest one kept, never by going back.
+    """
+    ROW: tl.constexpr = RANK + 2 * DSTATE
+    TILES: tl.constexpr = SUBSTEPS // STEPS
+    i_block = gl.program_id(0)
+    i_chunk = gl.program_id(1)
+    i_b = gl.program_id(2).to(gl.int64)
+    length = height * width
+    start = i_chunk * chunk_size
+    end = gl.minimum(start + chunk_size, length)
+
+    o_n = _arange(PADDED_DSTATE, BY_STATE)
+    o_warp = _arange(WARPS, BY_WARP)
+    o_lane = _arange(32, BY_LANE)
+    o_c = i_block * (WARPS * 32) + o_warp[:, None] * 32 + o_lane[None, :]  # [WARPS, 32]
+    m_c = o_c < DIM
+    m_n = o_n < DSTATE
+    m_nc = m_n[:, None, None] & m_c[None, :, :]
+    o_nc = o_n[:, None, None] * DIM + o_c[None, :, :]
+    p_A = A_logs + k * (DIM * DSTATE) + o_c[None, :, :] * DSTATE + o_n[:, None, None]
+    b_A = -_exp2(gl.load(p_A, mask=m_nc, other=0.0).to(ACC) * LOG2_E) * LOG2_E
+    o_image = i_b * length * DIM
+    p_x = x + o_image + o_c
+    p_dy = dy + o_image + o_c
+    p_delta = delta + o_image + o_c
+    p_dx_sum = dx_sum + o_image + o_c
+    p_dx = dx + o_image + o_c
+    p_B = x_dbl + i_b * length * (4 * ROW) + k * ROW + RANK
+    p_dBC = dBC_parts + (i_block * gl.num_programs(2) + i_b) * length * (2 * DSTATE)
+    i_slot = i_b * num_chunks + i_chunk
+    if BEGINS:
+        b_D = gl.sum(b_A, axis=0) * 0
+        for i in gl.static_range(4):
+            b_D += gl.load(Ds + i * DIM + o_c, mask=m_c, other=0.0).to(ACC)
+
+    b_h0 = gl.load(states + i_slot * (DSTATE * DIM) + o_nc, mask=m_nc, other=0.0)
+    b_g = gl.load(adjoints + i_slot * (DSTATE * DIM) + o_nc, mask=m_nc, other=0.0)
+    b_dA = _zeros_like(b_A)  # [N, WARPS, 32]
+    if INTERPRETED:
+        kept = _interpreted_shared_memory(TILES)
+    else:
+        kept = gl.allocate_shared_memory(ACC, [TILES, PADDED_DSTATE, WARPS, 32], SHARED)
+
+    num_inner = (end - start + SUBSTEPS - 1) // SUBSTEPS
+    for i in range(num_inner):
+        i_sub = num_inner - 1 - i
+        i_inner = i_slot * num_subchunks + i_sub
+        b_h = gl.load(inner_states + i_inner * (DSTATE * DIM) + o_nc, mask=m_nc, other=0.0)
+        b_sum = gl.load(inner_sums + i_inner * DIM + o_c, mask=m_c, other=0.0)
+        b_h += _exp2(b_A * b_sum[None, :, :]) * b_h0
+
+        sub_start = start + i_sub * SUBSTEPS
+        sub_tiles = (gl.minimum(end - sub_start, SUBSTEPS) + STEPS - 1) // STEPS
+        pixel, left, line, step, jump = _first_pixel(sub_start, k, height, width)
+        for i_tile in range(sub_tiles - 1):
+            kept.index(i_tile).store(b_h)
+            b_deltas = ()
+            b_us = ()
+            b_Bs = ()
+            for _t in gl.static_range(STEPS):
+                o_pixel = pixel.to(gl.int64)
+                b_delta = gl.load(p_delta + o_pixel * DIM, mask=m_c, other=0.0)
+                b_x = gl.load(p_x + o_pixel * DIM, mask=m_c, other=0.0).to(ACC)
+                b_deltas = b_deltas + (b_delta,)
+                b_us = b_us + (b_delta * b_x,)
+                b_Bs = b_Bs + (_load_row(p_B + o_pixel * (4 * ROW), o_n, DSTATE, ACC),)
+                pixel, left = _next_pixel(pixel, left, line, step, jump)
+            for t in gl.static_range(STEPS):
+                b_a = _exp2(b_A * b_deltas[t][None, :, :])
+                b_h = b_a * b_h + b_Bs[t][:, None, None] * b_us[t][None, :, :]
+        kept.index(sub_tiles - 1).store(b_h)
+
+        for j in range(sub_tiles):
+            i_tile = sub_tiles - 1 - j
+            tile_start = sub_start + i_tile * STEPS
+            pixel, left, line, step, jump = _first_pixel(tile_start, k, height, width)
+            o_pixels = ()
+            b_as = ()
+            b_hs = (kept.index(i_tile).load(LAYOUT),)
+            for t in gl.static_range(STEPS):
+                # Past the end delta is 0: a is 1 and nothing is added.
+                is_inside = tile_start + t < end
+                o_pixel = gl.where(is_inside, pixel, 0).to(gl.int64)
+                b_delta = gl.load(p_delta + o_pixel * DIM, mask=m_c & is_inside, other=0.0)
+                b_x = gl.load(p_x + o_pixel * DIM, mask=m_c & is_inside, other=0.0).to(ACC)
+                b_B = _load_row(p_B + o_pixel * (4 * ROW), o_n, DSTATE, ACC)
+                b_a = _exp2(b_A * b_delta[None, :, :])
+                b_u = b_delta * b_x
+                b_hs = b_hs + (b_a * b_hs[t] + b_B[:, None, None] * b_u[None, :, :],)
+                b_as = b_as + (b_a,)
+                o_pixels = o_pixels + (o_pixel,)
+                pixel, left = _next_pixel(pixel, left, line, step, jump)
+
+            b_dBCs = ()
+            for s in gl.static_range(STEPS):
+                t = STEPS - 1 - s
+                m_t = m_c & (tile_start + t < end)
+                o_pixel = o_pixels[t]
+                b_delta = gl.load(p_delta + o_pixel * DIM, mask=m_t, other=0.0)
+                b_x = gl.load(p_x + o_pixel * DIM, mask=m_t, other=0.0).to(ACC)
+                b_dy = gl.load(p_dy + o_pixel * DIM, mask=m_t, other=0.0).to(ACC)
+                b_B = _load_row(p_B + o_pixel * (4 * ROW), o_n, DSTATE, ACC)
+                b_C = _load_row(p_B + DSTATE + o_pixel * (4 * ROW), o_n, DSTATE, ACC)
+                b_u = b_delta * b_x
+                b_g += b_C[:, None, None] * b_dy[None, :, :]
+                b_dC = gl.sum(b_hs[t + 1] * b_dy[None, :, :], axis=2)  # [N, WARPS]
+                b_dB = gl.sum(b_g * b_u[None, :, :], axis=2)
+                b_gB = gl.sum(b_g * b_B[:, None, None], axis=0)  # [WARPS, 32]
+                b_g = b_g * b_as[t]
+                b_ghA = b_g * b_hs[t]
+                b_dA += b_ghA * b_delta[None, :, :]
+                b_ddelta = b_gB * b_x + gl.sum(b_ghA * b_A, axis=0) * LN_2
+                b_dx = b_gB * b_delta
+                if BEGINS:
+                    b_dx += b_D * b_dy
+                else:
+                    b_dx += gl.load(p_dx_sum + o_pixel * DIM, mask=m_t, other=0.0)
+                if ENDS:
+                    gl.store(p_dx + o_pixel * DIM, b_dx.to(dx.dtype.element_ty), mask=m_t)
+                else:
+                    gl.store(p_dx_sum + o_pixel * DIM, b_dx, mask=m_t)
+                gl.store(p_delta + o_pixel * DIM, b_ddelta, mask=m_t)
+                b_dBCs = b_dBCs + (gl.join(b_dB, b_dC),)  # [N, WARPS, 2]
+            # All the sums over warps of a tile at once, for they need a barrier.
+            b_dBC = gl.sum(_join_steps(b_dBCs, STEPS), axis=1)  # [N, 2, STEPS, in halves]
+            b_dBC = gl.reshape(b_dBC, [PADDED_DSTATE * 2 * STEPS])
+            if not INTERPRETED:
+                b_dBC = gl.convert_layout(b_dBC, FLAT)
+            o_flat = _arange(PADDED_DSTATE * 2 * STEPS, FLAT)
+            o_step = o_flat % STEPS
+            o_dn = o_flat // (2 * STEPS)
+            o_row = (o_flat // STEPS % 2) * DSTATE + o_dn
+            o_pixel = _zeros_like(o_step).to(gl.int64)
+            for t in gl.static_range(STEPS):
+                o_pixel = gl.where(o_step == t, o_pixels[t], o_pixel)
+            m_row = (o_dn < DSTATE) & (tile_start + o_step < end)
+            gl.store(p_dBC + o_pixel * (2 * DSTATE) + o_row, b_dBC, mask=m_row)
+
+    p_dA = dA_parts + i_slot * (DSTATE * DIM) + o_nc
+    gl.store(p_dA, b_dA * b_A * LN_2, mask=m_nc)
+
+
+
+@triton.jit(do_not_specialize=SIZES)
+def _projection_kernel(
+    ddelta,  # (num_rows, DIM)
+    x_dbl,  # (num_rows, 4, RANK + 2 * DSTATE)
+    dt_projs_weight,  # (4, DIM, RANK)
+    dt_projs_bias,  # (4, DIM)
+    dBC_parts,  # (NUM_PARTS, num_rows, 2 * DSTATE)
+    dx_dbl,  # (num_rows, 4, RANK + 2 * DSTATE)
+    dW_parts,  # (programs, DIM, RANK)
+    dbias_parts,  # (programs, DIM)
+    num_rows,
+    k,
+    DIM: tl.constexpr,
+    DSTATE: tl.constexpr,
+    RANK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED_DSTATE: tl.constexpr,
+    PADDED_RANK: tl.constexpr,
+    PIXELS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Back through softplus and the projection of delta, and the gradient of one row of x_dbl."""
+    ROW: tl.constexpr = RANK + 2 * DSTATE
+    i_p = tl.program_id(0)
+    o_p = i_p.to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    o_r = tl.arange(0, PADDED_RANK)
+    m_p = o_p < num_rows
+    m_pr = m_p[:, None] & (o_r < RANK)[None, :]
+    o_pr = (o_p[:, None] * 4 + k) * ROW + o_r[None, :]
+    b_r = tl.load(x_dbl + o_pr, mask=m_pr, other=0.0).to(ACC)  # [PIXELS, R]
+    b_dr = tl.zeros([PIXELS, PADDED_RANK], dtype=ACC)
+    for i in range(0, DIM, CHANNELS):
+        o_c = i + tl.arange(0, CHANNELS)
+        m_c = o_c < DIM
+        o_kc = k * DIM + o_c
+        m_cr = m_c[:, None] & (o_r < RANK)[None, :]
+        p_W = dt_projs_weight + o_kc[:, None] * RANK + o_r[None, :]
+        b_W = tl.load(p_W, mask=m_cr, other=0.0).to(ACC)  # [CH, R]
+        b_bias = tl.load(dt_projs_bias + o_kc, mask=m_c, other=0.0).to(ACC)
+        p_ddelta = ddelta + o_p[:, None] * DIM + o_c[None, :]
+        b_ddelta = tl.load(p_ddelta, mask=m_p[:, None] & m_c[None, :], other=0.0)
+        b_z = _dot(b_r, tl.trans(b_W), ACC) + b_bias[None, :]
+        b_dz = b_ddelta / (1.0 + tl.exp(-b_z))  # [PIXELS, CH]
+        b_dr += _dot(b_dz, b_W, ACC)
+        o_part = i_p.to(tl.int64) * DIM + o_c
+        b_dW = _dot(tl.trans(b_dz), b_r, ACC)
+        tl.store(dW_parts + o_part[:, None] * RANK + o_r[None, :], b_dW, mask=m_cr)
+        tl.store(dbias_parts + o_part, tl.sum(b_dz, axis=0), mask=m_c)
+    tl.store(dx_dbl + o_pr, b_dr.to(dx_dbl.dtype.element_ty), mask=m_pr)
+
+    o_n = tl.arange(0, 2 * PADDED_DSTATE)
+    m_pn = m_p[:, None] & (o_n < 2 * DSTATE)[None, :]
+    b_dBC = tl.zeros([PIXELS, 2 * PADDED_DSTATE], dtype=ACC)
+    for i in range(NUM_PARTS):
+        o_pn = (i * num_rows.to(tl.int64) + o_p[:, None]) * (2 * DSTATE) + o_n[None, :]
+        b_dBC += tl.load(dBC_parts + o_pn, mask=m_pn, other=0.0)
+    p_dBC = dx_dbl + (o_p[:, None] * 4 + k) * ROW + RANK + o_n[None, :]
+    tl.store(p_dBC, b_dBC.to(dx_dbl.dtype.element_ty), mask=m_pn)
+
+
+@triton.jit
+def _dot(b_x, b_y, ACC: tl.constexpr):
+    if ACC == tl.float64:
+        return tl.sum(b_x[:, :, None] * b_y[None, :, :], axis=1)
+    else:
+        # Three products of tf32 parts keep float32's accuracy.
+        return tl.dot(b_x, b_y, input_precision="tf32x3")
+
+
+def _walk_options(x: Tensor, dt_projs_weight: Tensor, A_logs: Tensor) -> dict:
+    """The constants of kernels in which a thread owns all states of one channel."""
+    dim, dstate, rank = x.shape[-1], A_logs.shape[1], dt_projs_weight.shape[2]
+    num_warps = next((w for w in (4, 2) if w <= MAX_WARPS and dim % (32 * w) == 0), 1)
+    by_state = by_channel = None
+    if not INTERPRETED.value:
+        layout = gl.BlockedLayout([1, 1], [1, 32], [1, num_warps], [1, 0])
+        by_state, by_channel = gl.SliceLayout(1, layout), gl.SliceLayout(0, layout)
+    return {
+        "DIM": dim,
+        "DSTATE": dstate,
+        "RANK": rank,
+        "CHANNELS": 32 * num_warps,
+        "PADDED_DSTATE": triton.next_power_of_2(dstate),
+        "PADDED_RANK": triton.next_power_of_2(rank),
+        "STEPS": GROUP,
+        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "BY_STATE": by_state,
+        "BY_CHANNEL": by_channel,
+        "num_warps": num_warps,
+    }
+
+
+def _sweep_options(x: Tensor, dt_projs_weight: Tensor, A_logs: Tensor) -> dict:
+    """The constants of the kernel in which a thread owns a patch of states and channels."""
+    dim, dstate, rank = x.shape[-1], A_logs.shape[1], dt_projs_weight.shape[2]
+    padded = triton.next_power_of_2(dstate)
+    num_warps = next((w for w in (4, 2) if w <= MAX_WARPS and dim % (32 * w) == 0), 1)
+    layout = by_state = by_warp = by_lane = flat = shared = None
+    if not INTERPRETED.value:
+        lanes = min(4, padded)
+        patch = [padded // lanes, 1, lanes]
+        layout = gl.BlockedLayout(patch, [lanes, 1, 32 // lanes], [1, num_warps, 1], [2, 1, 0])
+        by_state = gl.SliceLayout(1, gl.SliceLayout(2, layout))
+        channels = gl.SliceLayout(0, layout)
+        by_warp, by_lane = gl.SliceLayout(1, channels), gl.SliceLayout(0, channels)
+        flat = gl.BlockedLayout([1], [32], [num_warps], [0])
+        shared = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 2, 1, 0])
+    return {
+        "DIM": dim,
+        "DSTATE": dstate,
+        "RANK": rank,
+        "WARPS": num_warps,
+        "PADDED_DSTATE": padded,
+        "SUBSTEPS": SUBCHUNK,
+        "STEPS": TILE,
+        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "LAYOUT": layout,
+        "BY_STATE": by_state,
+        "BY_WARP": by_warp,
+        "BY_LANE": by_lane,
+        "FLAT": flat,
+        "SHARED": shared,
+        "num_warps": num_warps,
+    }
+
+
+def _chunks(length: int, programs: int, wanted: int, unit: int) -> tuple[int, int]:
+    """Size and number of chunks, a multiple of `unit`, for about `wanted` programs in all."""
+    chunk_size = triton.cdiv(length, max(1, wanted // programs))
+    chunk_size = triton.cdiv(chunk_size, unit) * unit
+    return chunk_size, triton.cdiv(length, chunk_size)
+
+
+def _carry(A_logs, states, delta_sums, k, backwards, options):
+    num_chunks, dstate, dim = states.shape[-3:]
+    num_rows = states.numel() // (num_chunks * dstate * dim)
+    layout = None
+    if not INTERPRETED.value:
+        layout = gl.BlockedLayout([1], [32], [options["num_warps"]], [0])
+    channels = 32 * options["num_warps"]
+    _carry_kernel[(triton.cdiv(dim, channels), dstate, num_rows)](
+        A_logs,
+        states,
+        delta_sums,
+        num_chunks,
+        k,
+        DIM=dim,
+        DSTATE=dstate,
+        CHANNELS=channels,
+        AHEAD=CARRY_AHEAD,
+        BACKWARDS=backwards,
+        ACC=options["ACC"],
+        BY_CHANNEL=layout,
+        num_warps=options["num_warps"],
+    )
+
+
+def scan_2d_forward(
+    x: Tensor,
+    x_dbl: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A_logs: Tensor,
+    Ds: Tensor,
+) -> Tensor:
+    """Scan x along four orders of its pixels and sum the results in image order.
+
+    Besides the result it allocates the chunk states, a few percent of x, and for a dtype of 16
+    bits a float32 buffer of the shape of x in which the directions are summed.
+
+    Args:
+        x: (batch, height, width, dim), contiguous like all others; float32, float64, bfloat16 or
+            float16.
+        x_dbl: (batch, height, width, 4, rank + 2 * dstate), in the dtype of x: the low-rank part
+            of delta, B and C of each direction.
+        dt_projs_weight: (4, dim, rank), float32, or float64 if x is; so are all that follow.
+        dt_projs_bias: (4, dim).
+        A_logs: (4 * dim, dstate), with A = -exp(A_logs).
+        Ds: (4 * dim).
+
+    Returns:
+        y: (batch, height, width, dim), in the dtype of x. States and sums are float32, or float64.
+    """
+    batch, height, width, dim = x.shape
+    dstate = A_logs.shape[1]
+    options = _walk_options(x, dt_projs_weight, A_logs)
+    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    blocks = triton.cdiv(dim, options["CHANNELS"])
+    chunk_size, num_chunks = _chunks(height * width, blocks * batch, SWEEP_PROGRAMS, SUBCHUNK)
+    states = x.new_empty(batch, 4, num_chunks, dstate, dim, dtype=accumulator)
+    delta_sums = x.new_empty(batch, 4, num_chunks, dim, dtype=accumulator)
+    y = torch.empty_like(x)
+    y_sum = y if x.dtype == accumulator else torch.empty_like(x, dtype=accumulator)
+    inputs = x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs
+    sizes = height, width, chunk_size, num_chunks
+    with torch.cuda.device_of(x):
+        if num_chunks > 1:
+            grid = (blocks * 4, num_chunks - 1, batch)
+            _chunk_state_kernel[grid](*inputs, states, delta_sums, *sizes, **options)
+        _carry(A_logs, states, delta_sums, -1, False, options)
+        for order in range(2):
+            _output_kernel[(blocks, num_chunks, batch)](
+                *inputs, Ds, states, y_sum, y, *sizes, ORDER=order, **options
+            )
+    return y
+
+
+def scan_2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    x_dbl: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A_logs: Tensor,
+    Ds: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `scan_2d_forward` by its six inputs, given dy, the gradient by y.
+
+    Directions are taken one after the other: besides the results it allocates one float32 buffer
+    of the shape of x for delta and about as much again for states and partial sums.
+
+    Args:
+        dy: (batch, height, width, dim), contiguous, in the dtype of x.
+        x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds: as in `scan_2d_forward`.
+
+    Returns:
+        The gradients by x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs and Ds, each in the
+        shape and dtype of its input.
+    """
+    batch, height, width, dim = x.shape
+    length = height * width
+    dstate, rank = A_logs.shape[1], dt_projs_weight.shape[2]
+    walk = _walk_options(x, dt_projs_weight, A_logs)
+    sweep = _sweep_options(x, dt_projs_weight, A_logs)
+    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    blocks = triton.cdiv(dim, walk["CHANNELS"])
+    chunk_size, num_chunks = _chunks(length, blocks * batch, SWEEP_PROGRAMS, SUBCHUNK)
+    num_subchunks = chunk_size // SUBCHUNK
+    pixels = PROJECTION_PIXELS if accumulator == torch.float32 else 16
+    num_tiles = triton.cdiv(batch * length, pixels)
+
+    def buffer(*shape):
+        return x.new_empty(shape, dtype=accumulator)
+
+    delta = buffer(batch, height, width, dim)
+    states = buffer(batch, num_chunks, dstate, dim)
+    adjoints = buffer(batch, num_chunks, dstate, dim)
+    delta_sums = buffer(batch, num_chunks, dim)
+    inner_states = buffer(batch, num_chunks, num_subchunks, dstate, dim)
+    inner_sums = buffer(batch, num_chunks, num_subchunks, dim)
+    dBC_parts = buffer(blocks, batch * length, 2 * dstate)
+    dA_parts = buffer(batch * num_chunks, dstate, dim)
+    dD_parts = buffer(batch * num_chunks, dim)
+    dW_parts = buffer(num_tiles, dim, rank)
+    dbias_parts = buffer(num_tiles, dim)
+    dx = torch.empty_like(x)
+    dx_sum = dx if x.dtype == accumulator else buffer(*x.shape)
+    dx_dbl = torch.empty_like(x_dbl)
+    dW = torch.empty_like(dt_projs_weight)
+    dbias = torch.empty_like(dt_projs_bias)
+    dA_logs = torch.empty_like(A_logs)
+
+    sizes = height, width, chunk_size, num_chunks, num_subchunks
+    inputs = x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs
+    with torch.cuda.device_of(x):
+        for k in range(4):
+            grid = (blocks, num_chunks, batch)
+            _adjoint_state_kernel[grid](
+                dy, *inputs, delta, states, adjoints, delta_sums, inner_states, inner_sums,
+                dD_parts, *sizes, k, SUBSTEPS=SUBCHUNK, WITH_DD=k == 0, **walk,
+            )  # fmt: skip
+            _carry(A_logs, states, delta_sums, k, False, walk)
+            _carry(A_logs, adjoints, delta_sums, k, True, walk)
+            _sweep_kernel[grid](
+                dy, x, x_dbl, A_logs, Ds, delta, states, adjoints, inner_states, inner_sums,
+                dx_sum, dx, dBC_parts, dA_parts, *sizes, k, BEGINS=k == 0, ENDS=k == 3, **sweep,
+            )  # fmt: skip
+            _projection_kernel[(num_tiles,)](
+                delta,
+                x_dbl,
+                dt_projs_weight,
+                dt_projs_bias,
+                dBC_parts,
+                dx_dbl,
+                dW_parts,
+                dbias_parts,
+                batch * length,
+                k,
+                DIM=dim,
+                DSTATE=dstate,
+                RANK=rank,
+                CHANNELS=64 if accumulator == torch.float32 else 16,
+                PADDED_DSTATE=walk["PADDED_DSTATE"],
+                PADDED_RANK=max(16, walk["PADDED_RANK"]),
+                PIXELS=pixels,
+                NUM_PARTS=blocks,
+                ACC=walk["ACC"],
+                num_warps=4,
+            )
+            dW[k] = dW_parts.sum(0)
+            dbias[k] = dbias_parts.sum(0)
+            dA_logs[k * dim : (k + 1) * dim] = dA_parts.sum(0).T
+    dDs = dD_parts.sum(0).repeat(4)
+    return dx, dx_dbl, dW, dbias, dA_logs, dDs
