@@ -174,6 +174,7 @@ class SliceHyperprior(CompressionModel):
         with deterministic_arithmetic():
             z_hat = coder.decode_z(z_strings, shape, self._medians())
             y_hat = slices(z_hat if exact else z_hat.to(dtype), coder.code_slice).to(dtype)
+        coder.finish()
         if crcs is not None and list(crcs) != coder.crcs:
             raise BitstreamError(
                 "decoded symbols differ from those that were encoded; the stream is damaged, or "

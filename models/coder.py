@@ -1,72 +1,325 @@
-"""Entropy coding of integer symbols with tabulated distributions."""
+"""Entropy coding of integer symbols with tabulated distributions: rANS (arXiv:1311.2540).
+
+Format of a string. The coder's state is an integer x that starts at 2**16; symbols are coded last
+to first, so that they are decoded first to last. To code a symbol of frequency f whose cumulative
+frequency is c (16-bit precision), the low 16 bits of x are moved to the string if x >= f * 2**32;
+then x becomes (x // f) * 2**16 + x % f + c. The string is the final x, little-endian, in as few
+bytes as it takes (3 to 6), followed by the 16-bit words in the order the decoder needs them, last
+moved first. There are words only where x takes 5 or 6 bytes, so the parity of the string's length
+tells which. A decoder must end with x = 2**16 and no bytes left.
+
+A value that its table does not hold is coded as the table's last entry, followed by the value's
+distance from the table in Elias gamma code: 5 bits for the length, then the bits.
+"""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numba
 import numpy as np
-from compressai.ans import BufferedRansEncoder, RansDecoder
 from compressai.entropy_models import EntropyModel
 
-__all__ = ["BitstreamError", "SymbolDecoder", "SymbolEncoder", "Tables"]
+__all__ = ["MAX_SYMBOL", "BitstreamError", "SymbolDecoder", "SymbolEncoder", "Tables"]
+
+# float32 holds every integer up to here; latents beyond it are not worth coding.
+MAX_SYMBOL = 2**24
+
+_PRECISION = 16
+_TOTAL = 1 << _PRECISION  # of the frequencies of a table
+_LOW = _TOTAL - 1
+_FIRST_STATE = 1 << 16
+_REFILL = 1 << 32  # below this the decoder takes a word, if there is one
+_LENGTH_BITS = 5
+_LOOKUP_BITS = 10  # leading bits of a cumulative frequency that the symbol search starts from
+_LOOKUP_SHIFT = _PRECISION - _LOOKUP_BITS
+_WORDS_PER_SYMBOL = 4  # an entry, a length and up to 26 bits, each moving at most one word
+
+_OK, _BAD_INDEX, _BAD_SYMBOL, _EXHAUSTED = range(4)
 
 
 class BitstreamError(ValueError):
     """The bytes are not a stream that this model can decode to the right picture."""
 
 
-@dataclass(frozen=True)
+def _jit(function: Callable) -> Callable:
+    try:
+        return numba.njit(cache=True, nogil=True)(function)
+    except RuntimeError:  # no folder that the compiled code could be kept in
+        return numba.njit(nogil=True)(function)
+
+
+@dataclass(frozen=True, eq=False)
 class Tables:
     """CDF tables of one entropy model, as CompressAI builds them (16-bit precision).
 
     Attributes:
-        cdfs: int32 (tables, longest); row k is valid up to ``lengths[k]``.
-        lengths: int32 (tables,).
-        offsets: int32 (tables,); symbol value of a row's first entry.
+        cdf: int32, flat; the rows of all tables, each from 0 to 65,536.
+        rows: int32 (tables + 1,); where each table's row starts and ends in ``cdf``.
+        offsets: int32 (tables,); symbol value of a table's first entry. The last entry of each
+            table stands for all values outside it.
+        lookup: int32 (tables, 1024); the entry that the decoder's search for a cumulative
+            frequency starts from, by the frequency's leading 10 bits.
     """
 
-    cdfs: np.ndarray
-    lengths: np.ndarray
+    cdf: np.ndarray
+    rows: np.ndarray
     offsets: np.ndarray
+    lookup: np.ndarray
 
     @classmethod
     def of(cls, model: EntropyModel) -> Tables:
-        """Tables of a CompressAI entropy model.
+        """Tables of a CompressAI entropy model; prepared again only when their values change.
 
         Raises:
-            ValueError: the model has none yet.
+            ValueError: the model has none yet, or they are no valid CDF tables.
         """
         if model.quantized_cdf.numel() == 0:
             raise ValueError("the model has no CDF tables; call update() before coding")
         buffers = (model.quantized_cdf, model.cdf_length, model.offset)
-        return cls(*(buffer.int().cpu().numpy() for buffer in buffers))
+        arrays = [buffer.detach().cpu().numpy().astype(np.int32) for buffer in buffers]
+        known, tables = _prepared.get(model, ([], None))
+        if tables is None or not all(map(np.array_equal, known, arrays)):
+            tables = cls.build(*arrays)
+            _prepared[model] = arrays, tables
+        return tables
+
+    @classmethod
+    def build(cls, cdfs: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> Tables:
+        """Check and prepare tables.
+
+        Args:
+            cdfs: int32 (tables, longest); row k is valid up to ``lengths[k]`` and rises strictly
+                from 0 to 65,536.
+            lengths: int32 (tables,), at least 3: one value and the entry for all others.
+            offsets: int32 (tables,), symbol value of a row's first entry.
+
+        Raises:
+            ValueError: these are no valid CDF tables.
+        """
+        if cdfs.ndim != 2 or not (lengths.shape == offsets.shape == cdfs.shape[:1]):
+            raise ValueError(
+                f"CDF tables of shape {cdfs.shape} do not go with {lengths.shape} lengths and "
+                f"{offsets.shape} offsets; build them again with update(force=True)"
+            )
+        rows = np.zeros(len(cdfs) + 1, dtype=np.int32)
+        lookup = np.empty((len(cdfs), 1 << _LOOKUP_BITS), dtype=np.int32)
+        parts = []
+        for k, (row, length, offset) in enumerate(zip(cdfs, lengths, offsets, strict=True)):
+            part = row[: max(length, 0)]
+            valid = 3 <= length <= len(row) and abs(int(offset)) <= MAX_SYMBOL
+            if not (valid and part[0] == 0 and part[-1] == _TOTAL and (np.diff(part) > 0).all()):
+                raise ValueError(
+                    f"CDF table {k} is damaged: it should rise strictly from 0 to {_TOTAL}; "
+                    "build the tables again with update(force=True)"
+                )
+            parts.append(part)
+            rows[k + 1] = rows[k] + length
+            buckets = np.arange(1 << _LOOKUP_BITS) << _LOOKUP_SHIFT
+            lookup[k] = np.searchsorted(part, buckets, side="right") - 1
+        return cls(np.concatenate(parts), rows, offsets, lookup)
+
+
+# The buffers each model's tables were prepared from, and the result.
+_prepared: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class SymbolEncoder:
-    """Turns symbols into bytes: `put` any number of times, then `flush`."""
+    """Turns symbols into bytes: `put` any number of times, then `flush` once."""
 
     def __init__(self, tables: Tables):
-        self._tables = [tables.cdfs.tolist(), tables.lengths.tolist(), tables.offsets.tolist()]
-        self._encoder = BufferedRansEncoder()
+        self._tables = tables
+        self._symbols: list[np.ndarray] = []
+        self._indexes: list[np.ndarray] = []
 
     def put(self, symbols: np.ndarray, indexes: np.ndarray) -> None:
-        """Append symbols (int32, flat), each with the index of its table."""
-        self._encoder.encode_with_indexes(symbols.tolist(), indexes.tolist(), *self._tables)
+        """Append symbols (int32, flat, at most 2**24 in size), each with its table's index.
+
+        Raises:
+            ValueError: the two differ in shape.
+        """
+        if symbols.ndim != 1 or symbols.shape != indexes.shape:
+            raise ValueError(
+                f"expected flat symbols with an index each, got {symbols.shape} symbols and "
+                f"{indexes.shape} indexes"
+            )
+        self._symbols.append(symbols.astype(np.int32))
+        self._indexes.append(indexes.astype(np.int32))
 
     def flush(self) -> bytes:
-        """All symbols put so far, as bytes."""
-        return self._encoder.flush()
+        """All symbols put so far, as bytes.
+
+        Raises:
+            ValueError: a symbol is larger than 2**24, or an index names no table.
+        """
+        empty = [np.empty(0, dtype=np.int32)]
+        symbols = np.concatenate(self._symbols or empty)
+        indexes = np.concatenate(self._indexes or empty)
+        words = np.empty(_WORDS_PER_SYMBOL * len(symbols), dtype=np.uint16)
+        tables = self._tables
+        status, first, x = _encode(symbols, indexes, tables.cdf, tables.rows, tables.offsets, words)
+        if status == _BAD_INDEX:
+            raise ValueError(f"a table index is outside the {len(tables.offsets)} tables")
+        if status == _BAD_SYMBOL:
+            raise ValueError(f"a symbol is larger than {MAX_SYMBOL}; check the weights and picture")
+        state = x.to_bytes((x.bit_length() + 7) // 8, "little")
+        return state + words[first:].astype("<u2").tobytes()
 
 
 class SymbolDecoder:
-    """Reads the symbols of one `SymbolEncoder` string in the order they were put."""
+    """Reads the symbols of one `SymbolEncoder` string in the order they were put.
+
+    Any bytes are safe to decode: each call takes time proportional to its number of symbols.
+
+    Raises:
+        BitstreamError: the string cannot be what an encoder wrote.
+    """
 
     def __init__(self, data: bytes, tables: Tables):
-        self._tables = [tables.cdfs.tolist(), tables.lengths.tolist(), tables.offsets.tolist()]
-        self._decoder = RansDecoder()
-        self._decoder.set_stream(data)
+        length = len(data)
+        state = length if length <= 6 else 6 - length % 2
+        self._x = int.from_bytes(data[:state], "little")
+        self._words = np.frombuffer(data, dtype="<u2", offset=state).astype(np.uint16)
+        self._position = 0
+        self._tables = tables
+        if self._x < _FIRST_STATE:
+            raise _exhausted()
 
     def get(self, indexes: np.ndarray) -> np.ndarray:
-        """Next symbols (int32, flat), one for each table index."""
-        values = self._decoder.decode_stream(indexes.tolist(), *self._tables)
-        return np.asarray(values, dtype=np.int32)
+        """Next symbols (int32, flat), one for each table index (int32, flat).
+
+        Raises:
+            BitstreamError: the string ends before, it holds an impossible value, or an index
+                names no table.
+        """
+        tables = self._tables
+        symbols = np.empty(len(indexes), dtype=np.int32)
+        status, self._position, self._x = _decode(
+            self._words,
+            self._position,
+            self._x,
+            indexes.astype(np.int32),
+            tables.cdf,
+            tables.rows,
+            tables.offsets,
+            tables.lookup,
+            symbols,
+        )
+        if status == _EXHAUSTED:
+            raise _exhausted()
+        if status != _OK:
+            raise BitstreamError("a coded value or table index is impossible; the file is damaged")
+        return symbols
+
+    def finish(self) -> None:
+        """Check that the string holds no more than was read.
+
+        Raises:
+            BitstreamError: it does.
+        """
+        if self._x != _FIRST_STATE or self._position != len(self._words):
+            raise BitstreamError(
+                "a string holds more than the picture's symbols; the file is damaged"
+            )
+
+
+def _exhausted() -> BitstreamError:
+    return BitstreamError("a string ends before the picture's last symbol; the file is damaged")
+
+
+@_jit
+def _push(x, start, frequency, words, first):
+    if x >= frequency << 32:
+        first -= 1
+        words[first] = x & _LOW
+        x >>= 16
+    return ((x // frequency) << _PRECISION) + x % frequency + start, first
+
+
+@_jit
+def _push_bits(x, value, count, words, first):
+    shift = _PRECISION - count
+    return _push(x, value << shift, 1 << shift, words, first)
+
+
+@_jit
+def _encode(symbols, indexes, cdf, rows, offsets, words):
+    """Fill ``words`` from its end; return status, position of the first word, and state."""
+    x = _FIRST_STATE
+    first = len(words)
+    for i in range(len(symbols) - 1, -1, -1):
+        index = indexes[i]
+        if not 0 <= index < len(offsets):
+            return _BAD_INDEX, first, x
+        if not -MAX_SYMBOL <= symbols[i] <= MAX_SYMBOL:
+            return _BAD_SYMBOL, first, x
+        row = rows[index]
+        other = rows[index + 1] - row - 2
+        entry = np.int64(symbols[i]) - offsets[index]
+        if not 0 <= entry < other:
+            # Distances above and below the table alternate: 1, 3, 5 and 2, 4, 6.
+            distance = 2 * (entry - other) + 1 if entry >= other else -2 * entry
+            length = 0
+            while distance >> (length + 1):
+                length += 1
+            rest = distance - (1 << length)
+            low = min(length, 16)
+            x, first = _push_bits(x, rest & ((1 << low) - 1), low, words, first)
+            x, first = _push_bits(x, rest >> low, length - low, words, first)
+            x, first = _push_bits(x, length, _LENGTH_BITS, words, first)
+            entry = other
+        start = cdf[row + entry]
+        frequency = cdf[row + entry + 1] - start
+        x, first = _push(x, start, frequency, words, first)
+    return _OK, first, x
+
+
+@_jit
+def _pop(x, start, frequency, words, position):
+    x = frequency * (x >> _PRECISION) + (x & _LOW) - start
+    if x < _REFILL and position < len(words):
+        x = x << 16 | words[position]
+        position += 1
+    return x, position
+
+
+@_jit
+def _pop_bits(x, count, words, position):
+    shift = _PRECISION - count
+    value = (x & _LOW) >> shift
+    x, position = _pop(x, value << shift, 1 << shift, words, position)
+    return value, x, position
+
+
+@_jit
+def _decode(words, position, x, indexes, cdf, rows, offsets, lookup, symbols):
+    """Fill ``symbols``; return status, number of words read, and state."""
+    for i in range(len(indexes)):
+        index = indexes[i]
+        if not 0 <= index < len(offsets):
+            return _BAD_INDEX, position, x
+        row = rows[index]
+        frequency = x & _LOW
+        entry = lookup[index, frequency >> _LOOKUP_SHIFT]
+        while cdf[row + entry + 1] <= frequency:
+            entry += 1
+        start = cdf[row + entry]
+        x, position = _pop(x, start, cdf[row + entry + 1] - start, words, position)
+        other = rows[index + 1] - row - 2
+        if entry == other:
+            length, x, position = _pop_bits(x, _LENGTH_BITS, words, position)
+            low = min(length, 16)
+            high_bits, x, position = _pop_bits(x, length - low, words, position)
+            low_bits, x, position = _pop_bits(x, low, words, position)
+            distance = (1 << length) + (high_bits << low) + low_bits
+            entry = other + distance // 2 if distance % 2 else -(distance // 2)
+        # An encoder's state never falls below its first one.
+        if x < _FIRST_STATE:
+            return _EXHAUSTED, position, x
+        symbol = offsets[index] + np.int64(entry)
+        if not -MAX_SYMBOL <= symbol <= MAX_SYMBOL:
+            return _BAD_SYMBOL, position, x
+        symbols[i] = symbol
+    return _OK, position, x

@@ -10,7 +10,7 @@ import torch.nn as nn
 from compressai.entropy_models import EntropyModel
 from torch import Tensor
 
-from .coder import BitstreamError, SymbolDecoder, SymbolEncoder, Tables
+from .coder import MAX_SYMBOL, BitstreamError, SymbolDecoder, SymbolEncoder, Tables
 
 __all__ = ["GUARD", "BitstreamError", "LatentDecoder", "LatentEncoder", "SlicePredictor"]
 
@@ -77,8 +77,23 @@ class SlicePredictor(nn.Module):
 @contextlib.contextmanager
 def deterministic_arithmetic() -> Iterator[None]:
     """Fixed convolution algorithms without TF32, so that both ends of a stream compute alike."""
-    with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
+    with torch.backends.cudnn.flags(
+        enabled=torch.backends.cudnn.enabled, deterministic=True, benchmark=False, allow_tf32=False
+    ):
         yield
+
+
+def _check(symbols: Tensor, prediction: Tensor) -> None:
+    """Check that symbols can be coded, and that what they are coded with is finite.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if not ((symbols.abs() <= MAX_SYMBOL).all() and prediction.isfinite().all()):
+        raise ValueError(
+            f"latents or their predictions are not finite, or larger than {MAX_SYMBOL}; "
+            "check the weights and that the picture is in [0, 1]"
+        )
 
 
 def _flat(values: Tensor) -> list[np.ndarray]:
@@ -129,6 +144,7 @@ class LatentEncoder(_LatentCoder):
     def encode_z(self, z: Tensor, medians: Tensor) -> tuple[list[bytes], Tensor]:
         """Return the strings of z and z_hat in float64."""
         symbols = torch.round(z - medians)
+        _check(symbols, medians)
         strings = []
         for image, values in enumerate(_flat(symbols)):
             encoder = SymbolEncoder(self.z_tables)
@@ -139,13 +155,10 @@ class LatentEncoder(_LatentCoder):
 
     def code_slice(self, i: int, mu: Tensor, scale: Tensor) -> Tensor:
         """Encode slice i of y; see `SlicePredictor.forward`."""
-        if not (mu.isfinite().all() and scale.isfinite().all()):
-            raise ValueError(
-                "the entropy model predicts values that are not finite; "
-                "check the weights and that the picture is in [0, 1]"
-            )
         channels = mu.shape[1]
-        symbols = torch.round(self.y[:, i * channels : (i + 1) * channels].to(mu.dtype) - mu)
+        y = self.y[:, i * channels : (i + 1) * channels]
+        symbols = torch.round(y.to(mu.dtype) - mu)
+        _check(symbols, scale)
         indexes = self.table_indexes(scale)
         self._guard(scale, indexes)
         for image, (values, rows) in enumerate(zip(_flat(symbols), _flat(indexes), strict=True)):
@@ -163,8 +176,9 @@ class LatentEncoder(_LatentCoder):
             (log_scale - log_boundaries[(indexes - 1).clamp(min=0)]).abs(),
             (log_scale - log_boundaries[indexes.clamp(max=last)]).abs(),
         )
-        for image, position in (near < GUARD).flatten(1).nonzero().tolist():
-            index = int(indexes[image].flatten()[position])
+        images, positions = (near < GUARD).flatten(1).nonzero(as_tuple=True)
+        chosen = indexes.flatten(1)[images, positions]
+        for image, position, index in torch.stack([images, positions, chosen], 1).tolist():
             self.guards[image].append((self.position + position, index))
 
     def strings(self) -> list[bytes]:
@@ -187,14 +201,17 @@ class LatentDecoder(_LatentCoder):
         guards: Sequence[Sequence[tuple[int, int]]],
     ):
         super().__init__(bottleneck, conditional, len(y_strings))
-        self.guards = guards
+        # (position, index) rows
+        self.guards = [np.asarray(g, dtype=np.int64).reshape(-1, 2) for g in guards]
         self.decoders = [SymbolDecoder(string, self.y_tables) for string in y_strings]
 
     def decode_z(self, strings: Sequence[bytes], shape: Sequence[int], medians: Tensor) -> Tensor:
         """Return z_hat (batch, Z, *shape) in float64."""
         images = []
         for image, string in enumerate(strings):
-            values = SymbolDecoder(string, self.z_tables).get(self.z_indexes(shape))
+            decoder = SymbolDecoder(string, self.z_tables)
+            values = decoder.get(self.z_indexes(shape))
+            decoder.finish()
             self.checksum(image, values)
             images.append(torch.from_numpy(values).reshape(-1, *shape))
         return torch.stack(images).to(medians.device).double() + medians.double()
@@ -204,11 +221,20 @@ class LatentDecoder(_LatentCoder):
         count = mu[0].numel()
         images = []
         for image, rows in enumerate(_flat(self.table_indexes(scale))):
-            for position, index in self.guards[image]:
-                if self.position <= position < self.position + count:
-                    rows[position - self.position] = index
+            positions, listed = (self.guards[image] - (self.position, 0)).T
+            here = (positions >= 0) & (positions < count)
+            rows[positions[here]] = listed[here]
             values = self.decoders[image].get(rows)
             self.checksum(image, values)
             images.append(torch.from_numpy(values).reshape(mu.shape[1:]))
         self.position += count
         return torch.stack(images).to(mu.device).to(mu.dtype) + mu
+
+    def finish(self) -> None:
+        """Check that the strings of y end here, once all slices are decoded.
+
+        Raises:
+            BitstreamError: they do not.
+        """
+        for decoder in self.decoders:
+            decoder.finish()
