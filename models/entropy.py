@@ -118,7 +118,7 @@ class _LatentCoder:
 
     def z_indexes(self, shape: Sequence[int]) -> np.ndarray:
         """Table index of each symbol of z, which is its channel."""
-        channels = len(self.z_tables.lengths)
+        channels = len(self.z_tables.offsets)
         return np.repeat(np.arange(channels, dtype=np.int32), shape[0] * shape[1])
 
     def checksum(self, image: int, symbols: np.ndarray) -> None:
