@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -47,8 +48,16 @@ def run_main(main: Callable[[], None]) -> None:
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of processes that torchrun started, one speaks
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     return code
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors are one line: `UsageError`, without the list of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see --help)")
 
 
 def positive_int(text: str) -> int:
@@ -186,6 +195,22 @@ def estimated_bpp(likelihoods: dict[str, Tensor], num_pixels: int) -> float:
 
 
 # Files and checkpoints
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder with its parents, unless it exists, and make sure it can be written to.
+
+    Raises:
+        UsageError: it cannot be created or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"cannot write to {folder}: {error.strerror}; choose another folder"
+        ) from None
 
 
 @contextlib.contextmanager
