@@ -1,5 +1,6 @@
 """The four-direction selective scan. Needs PyTorch only; a backend is imported at its first use."""
 
 from kernels.dispatch import available_backends, selective_scan_2d
+from kernels.fused import depthwise_conv_silu, norm_gate
 
-__all__ = ["available_backends", "selective_scan_2d"]
+__all__ = ["available_backends", "depthwise_conv_silu", "norm_gate", "selective_scan_2d"]
