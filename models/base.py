@@ -1,6 +1,8 @@
 """Hyperprior codec with a channel-wise autoregressive entropy model, whatever its transforms."""
 
 import copy
+import operator
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -22,6 +24,9 @@ __all__ = ["SliceHyperprior"]
 
 # Buffers whose size depends on training, not on the architecture.
 _TABLES = ("_quantized_cdf", "_cdf_length", "_offset", "scale_table")
+
+# The modules and device of each model's entropy path, and its float64 copy.
+_exact_slices: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class SliceHyperprior(CompressionModel):
@@ -104,8 +109,20 @@ class SliceHyperprior(CompressionModel):
         """The entropy path in the arithmetic of a stream: a float64 copy, or the layers as is."""
         if not exact:
             return self.slices
-        # A copy costs less than coding does and cannot go stale when weights change.
-        return copy.deepcopy(self.slices).double()
+        slices = self.slices
+        modules, device = list(slices.modules())[1:], self.entropy_bottleneck.quantiles.device
+        known, known_device, exact_slices = _exact_slices.get(self, ([], None, None))
+        if device != known_device or not (
+            len(known) == len(modules) and all(map(operator.is_, known, modules))
+        ):
+            # Tensors made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                exact_slices = copy.deepcopy(slices).double()
+            _exact_slices[self] = modules, device, exact_slices
+        # Copying the modules takes ten times as long as copying the values, which may have changed.
+        torch._foreach_copy_(list(exact_slices.parameters()), list(slices.parameters()))
+        torch._foreach_copy_(list(exact_slices.buffers()), list(slices.buffers()))
+        return exact_slices
 
     @torch.no_grad()
     def compress(self, x: Tensor, *, exact: bool = True) -> dict:
