@@ -4,11 +4,14 @@ from ._registry import build_model, list_models, register_model
 from .base import SliceHyperprior
 from .entropy import BitstreamError
 from .mambavc import MambaVC
+from .variants import ConvVC, SwinVC
 
 __all__ = [
     "BitstreamError",
+    "ConvVC",
     "MambaVC",
     "SliceHyperprior",
+    "SwinVC",
     "build_model",
     "list_models",
     "register_model",
