@@ -11,7 +11,7 @@ version      1       bits 0 to 6: version, 1; bit 7: coded with the exact entrop
 fingerprint  4       which model decodes it; see `fingerprint`
 height       varint  rows of the picture, 1 to 65,535
 width        varint  columns of the picture, 1 to 65,535; at most 2**26 pixels in all
-guards       varint  number of guard entries, then for each of them
+guards       varint  number of guard entries, at most 2**20, then for each of them
              varint  - position of the symbol of y, less that of the entry before it
              1       - index of its table
 z length     varint  bytes of the string of z
@@ -38,6 +38,7 @@ import torch
 from models import BitstreamError, SliceHyperprior
 
 __all__ = [
+    "MAX_BYTES",
     "MAX_PIXELS",
     "MAX_SIDE",
     "VERSION",
@@ -54,6 +55,8 @@ __all__ = [
 VERSION = 1
 MAX_SIDE = 65_535
 MAX_PIXELS = 2**26
+MAX_BYTES = 2**28  # of a file
+MAX_GUARDS = 2**20
 
 _MAGIC = b"MVC"
 _EXACT = 0x80
@@ -117,6 +120,8 @@ def pack(stream: Stream) -> bytes:
     out = bytearray(_FIXED.pack(_MAGIC, version, stream.fingerprint))
     _write_varint(out, stream.height)
     _write_varint(out, stream.width)
+    if len(stream.guards) > MAX_GUARDS:
+        raise ValueError(f"{len(stream.guards)} guard entries are more than {MAX_GUARDS}")
     _write_varint(out, len(stream.guards))
     last = -1
     for position, index in stream.guards:
@@ -131,6 +136,8 @@ def pack(stream: Stream) -> bytes:
     _write_varint(out, len(stream.z))
     out += stream.z
     out += stream.y
+    if len(out) + _CHECKSUMS.size > MAX_BYTES:
+        raise ValueError(f"the file would take more than {MAX_BYTES} bytes; check the weights")
     out += struct.pack("<I", stream.crc)
     out += struct.pack("<I", zlib.crc32(out))
     return bytes(out)
@@ -144,6 +151,8 @@ def unpack(data: bytes) -> Stream:
     """
     if data[: len(_MAGIC)] != _MAGIC:
         raise BitstreamError("not an .mvc file: it does not begin with the letters MVC")
+    if len(data) > MAX_BYTES:
+        raise BitstreamError(f"the file is too long: at most {MAX_BYTES} bytes are supported")
     if len(data) < _FIXED.size + _CHECKSUMS.size:
         raise BitstreamError(f"the file is cut off: {len(data)} bytes are less than any header")
     _, version, model = _FIXED.unpack_from(data)
@@ -199,7 +208,7 @@ class _Reader:
 
     def guards(self) -> list[tuple[int, int]]:
         count = self.varint()
-        if 2 * count > self.left:
+        if 2 * count > self.left or count > MAX_GUARDS:
             raise BitstreamError(
                 f"the file is damaged: {count} guard entries with {self.left} bytes left"
             )

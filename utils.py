@@ -8,9 +8,10 @@ import os
 import random
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -121,22 +122,46 @@ def list_images(folder: Path) -> list[Path]:
     return files
 
 
-def read_image(path: Path | str) -> Image.Image:
+def read_image(
+    source: Path | str | BinaryIO, *, name: object = None, max_pixels: int | None = None
+) -> Image.Image:
     """Read a picture as 8-bit RGB, upright.
 
     The EXIF orientation is applied. Grey is repeated, palettes are looked up, transparency is
-    laid over white, 16-bit samples are divided by 257 and rounded.
+    laid over white. 16-bit grey samples are divided by 257 and rounded; of 16-bit colour samples
+    Pillow keeps the high byte. Of an animation the first picture is read.
+
+    Args:
+        source: path or file object.
+        name: how error messages call it, by default its path.
+        max_pixels: refuse larger pictures before they are decoded.
 
     Raises:
-        DataError: the file cannot be read as a picture.
+        DataError: the file cannot be read as a picture, or it is too large.
     """
+    name = source if name is None else name
     try:
-        with Image.open(path) as image:
-            image.load()
-            image = ImageOps.exif_transpose(image)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
-        raise DataError(f"cannot read {path} as a picture: {error}") from None
-    if image.mode.startswith(("I", "F")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, about metadata and large pictures
+            with Image.open(source) as image:
+                pixels = image.width * image.height
+                if max_pixels is not None and pixels > max_pixels:
+                    raise DataError(
+                        f"{name}: a picture of {image.width}x{image.height} pixels is too large; "
+                        f"at most {max_pixels} pixels are supported"
+                    )
+                image.load()
+                image = ImageOps.exif_transpose(image)
+    except DataError:
+        raise
+    except UnidentifiedImageError:
+        raise DataError(f"cannot read {name} as a picture: no format that Pillow knows") from None
+    except Exception as error:  # Pillow's readers raise many types for damaged files
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(f"cannot read {name} as a picture: {reason}") from None
+    if image.mode == "F":
+        raise DataError(f"{name} has floating-point samples; expected 8- or 16-bit integers")
+    if image.mode.startswith("I"):
         samples = np.asarray(image, dtype=np.float64) / 257
         return Image.fromarray(samples.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
