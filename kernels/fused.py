@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -90,13 +91,8 @@ def _has_kernels(device_type: str) -> bool:
     return (
         device_type == "cuda"
         and os.environ.get("MAMBAVC_SCAN_BACKEND") != "reference"
-        and _has_triton()
+        and _HAS_TRITON
     )
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _without_autocast(function):

@@ -17,7 +17,7 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 needs_kernels = pytest.mark.skipif(
-    not (fused._has_triton() and (CUDA or INTERPRET)),
+    not (fused._HAS_TRITON and (CUDA or INTERPRET)),
     reason="needs Triton with a CUDA device or TRITON_INTERPRET=1",
 )
 
@@ -253,10 +253,18 @@ def block_inputs(dtype):
     return [value.requires_grad_() for value in inputs]
 
 
+def choose_operators(monkeypatch):
+    """Choose as on a CUDA device; the operators run their formulas where there is none."""
+    has_kernels = fused._has_kernels
+    monkeypatch.delenv("MAMBAVC_SCAN_BACKEND", raising=False)
+    monkeypatch.setattr(fused, "_HAS_TRITON", True)
+    monkeypatch.setattr(fused, "_has_kernels", lambda device_type: has_kernels("cuda"))
+
+
 @pytest.mark.parametrize("through_operators", [False, True], ids=["public", "operators"])
 def test_compiles_into_one_graph(through_operators, monkeypatch):
     if through_operators:
-        monkeypatch.setattr(fused, "_has_kernels", lambda device_type: True)
+        choose_operators(monkeypatch)
     inputs = block_inputs(torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
@@ -271,7 +279,7 @@ def test_compiles_into_one_graph(through_operators, monkeypatch):
 @pytest.mark.parametrize("through_operators", [False, True], ids=["public", "operators"])
 def test_autocast_keeps_map_dtype_and_float32_sums(through_operators, monkeypatch):
     if through_operators:
-        monkeypatch.setattr(fused, "_has_kernels", lambda device_type: True)
+        choose_operators(monkeypatch)
     inputs = block_inputs(torch.bfloat16)
     plain = block(*inputs)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
@@ -297,7 +305,7 @@ def test_flops_are_those_of_the_convolution():
 
 
 def test_environment_variable_turns_kernels_off(monkeypatch):
-    monkeypatch.setattr(fused, "_has_triton", lambda: True)
+    monkeypatch.setattr(fused, "_HAS_TRITON", True)
     monkeypatch.delenv("MAMBAVC_SCAN_BACKEND", raising=False)
     assert fused._has_kernels("cuda") and not fused._has_kernels("cpu")
     monkeypatch.setenv("MAMBAVC_SCAN_BACKEND", "reference")
