@@ -16,6 +16,9 @@ Shapes in trailing comments: N states, CH channels of the program, in the backwa
 WARPS x 32. A is kept times log2(e), because the hardware's exponential has base 2.
 """
 
+import copy
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -38,41 +41,45 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 # Programs per launch, a whole number of waves on the 132 multiprocessors of a Hopper GPU. They
 # are constants, not read from the device, so that the same input gives the same bits on any.
-STATE_PROGRAMS = 2112
-SWEEP_PROGRAMS = 528
+FORWARD_PROGRAMS = 528
+BACKWARD_PROGRAMS = 528
+MAX_WARPS = 4
 # Positions of which the inputs are fetched together.
-GROUP = 4
+FORWARD_GROUP = 4
+ADJOINT_GROUP = 2
+# Registers of a thread where the compiler would take so many that a multiprocessor idles.
+ADJOINT_REGISTERS = 128
 # Backward: a state is kept in memory every SUBCHUNK positions, in shared memory every TILE, and
 # in registers at each position of one TILE.
 SUBCHUNK = 32
 TILE = 4
-MAX_WARPS = 4
 CARRY_AHEAD = 8
-PROJECTION_PIXELS = 128
+PROJECTION_PIXELS = 64
+PROJECTION_CHANNELS = 32
 
 SIZES = ["height", "width", "chunk_size", "num_chunks", "num_subchunks", "k", "num_rows"]
 
 
-class _InterpretedSharedMemory:
-    """Shared memory for kernels that run as Python."""
+class _SharedMemory:
+    """Stands in for shared memory in kernels that run as Python."""
 
-    def __init__(self, slots: list, slot: int = 0):
-        self.slots = slots
-        self.slot = slot
+    def __init__(self, dtype, shape, layout):
+        self.blocks = [None] * shape[0]
 
-    def index(self, slot):
-        slot = slot.handle.data.item() if isinstance(slot, tl.tensor) else slot
-        return _InterpretedSharedMemory(self.slots, int(slot))
+    def index(self, i):
+        view = copy.copy(self)
+        view.i = int(i.handle.data.item()) if isinstance(i, tl.tensor) else i
+        return view
 
     def store(self, value):
-        self.slots[self.slot] = value
+        self.blocks[self.i] = value
 
     def load(self, layout):
-        return self.slots[self.slot]
+        return self.blocks[self.i]
 
 
-def _interpreted_shared_memory(size):
-    return _InterpretedSharedMemory([None] * int(size))
+if not INTERPRETED.value:
+    _SharedMemory = gl.allocate_shared_memory
 
 
 @jit
@@ -349,6 +356,56 @@ def _output_step(
     return b_h, gl.sum(b_C[:, None] * b_h, axis=0)
 
 
+@jit
+def _walk_chunk(
+    x, x_dbl, y_sum, y, b_h, b_W, b_bias, b_A, b_D, o_image, start, count, k,
+    height, width, o_c, o_n, o_r,
+    DIM: tl.constexpr, DSTATE: tl.constexpr, RANK: tl.constexpr, STEPS: tl.constexpr,
+    BEGINS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Write y_sum plus the outputs of direction k to y, for `count` positions from `start`."""
+    ROW: tl.constexpr = RANK + 2 * DSTATE
+    m_c = o_c < DIM
+    p_x = x + o_image * DIM + o_c
+    p_sum = y_sum + o_image * DIM + o_c
+    p_y = y + o_image * DIM + o_c
+    p_rows = x_dbl + o_image * (4 * ROW) + k * ROW
+    pixel, left, line, step, jump = _first_pixel(start, k, height, width)
+    for _ in range(count // STEPS):
+        b_xs = ()
+        b_ys = ()
+        o_pixels = ()
+        for _t in gl.static_range(STEPS):
+            o_pixel = pixel.to(gl.int64)
+            b_x = _load_channels(p_x + o_pixel * DIM, m_c, ACC)
+            b_xs = b_xs + (b_x,)
+            if BEGINS:
+                b_ys = b_ys + (b_D * b_x,)
+            else:
+                b_ys = b_ys + (_load_channels(p_sum + o_pixel * DIM, m_c, ACC),)
+            o_pixels = o_pixels + (o_pixel,)
+            pixel, left = _next_pixel(pixel, left, line, step, jump)
+        for t in gl.static_range(STEPS):
+            b_h, b_y = _output_step(
+                b_h, b_xs[t], p_rows + o_pixels[t] * (4 * ROW), b_W, b_bias, b_A, o_r, o_n,
+                DSTATE, RANK, ACC,
+            )  # fmt: skip
+            b_y = (b_ys[t] + b_y).to(y.dtype.element_ty)
+            gl.store(p_y + o_pixels[t] * DIM, b_y, mask=m_c)
+    for _ in range(count % STEPS):
+        o_pixel = pixel.to(gl.int64)
+        b_x = _load_channels(p_x + o_pixel * DIM, m_c, ACC)
+        if BEGINS:
+            b_sum = b_D * b_x
+        else:
+            b_sum = _load_channels(p_sum + o_pixel * DIM, m_c, ACC)
+        b_h, b_y = _output_step(
+            b_h, b_x, p_rows + o_pixel * (4 * ROW), b_W, b_bias, b_A, o_r, o_n, DSTATE, RANK, ACC
+        )
+        gl.store(p_y + o_pixel * DIM, (b_sum + b_y).to(y.dtype.element_ty), mask=m_c)
+        pixel, left = _next_pixel(pixel, left, line, step, jump)
+
+
 @jit(do_not_specialize=SIZES)
 def _output_kernel(
     x,  # (batch, height, width, DIM)
@@ -381,7 +438,6 @@ def _output_kernel(
     A program walks its chunk forwards and then back, and each thread keeps to its channel: it
     adds to what it wrote itself, or to what the launch before wrote, so no atomics are needed.
     """
-    ROW: tl.constexpr = RANK + 2 * DSTATE
     i_block = gl.program_id(0)
     i_chunk = gl.program_id(1)
     i_b = gl.program_id(2).to(gl.int64)
@@ -393,73 +449,41 @@ def _output_kernel(
     o_n = _arange(PADDED_DSTATE, BY_STATE)
     o_r = _arange(PADDED_RANK, BY_STATE)
     m_c = o_c < DIM
-    p_x = x + i_b * length * DIM + o_c
-    p_sum = y_sum + i_b * length * DIM + o_c
-    p_y = y + i_b * length * DIM + o_c
+    o_image = i_b * length
+    i_slots = (i_b * 4 + ORDER) * num_chunks
+    p_states = states + o_n[:, None] * DIM + o_c[None, :]
+    m_nc = (o_n < DSTATE)[:, None] & m_c[None, :]
+    b_D = _zeros_like(o_c).to(ACC)
+    if ORDER == 0:
+        for i in gl.static_range(4):
+            b_D += gl.load(Ds + i * DIM + o_c, mask=m_c, other=0.0).to(ACC)
 
-    for i_pass in gl.static_range(2):
-        k = ORDER + 2 * i_pass
-        BEGINS: tl.constexpr = ORDER == 0 and i_pass == 0
-        ENDS: tl.constexpr = ORDER == 1 and i_pass == 1
-        b_W, b_bias, b_A = _load_direction(
-            dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r, DIM, DSTATE, RANK, ACC
-        )
-        if BEGINS:
-            b_D = _zeros_like(b_bias)
-            for i in gl.static_range(4):
-                b_D += gl.load(Ds + i * DIM + o_c, mask=m_c, other=0.0).to(ACC)
-        if i_pass == 0:
-            start = first
-            i_slot = (i_b * 4 + k) * num_chunks + i_chunk
-        else:
-            start = length - first - count
-            i_slot = (i_b * 4 + k) * num_chunks + num_chunks - 1 - i_chunk
-            _barrier()
-        p_rows = x_dbl + i_b * length * (4 * ROW) + k * ROW
-        p_states = states + i_slot * (DSTATE * DIM) + o_n[:, None] * DIM + o_c[None, :]
-        b_h = gl.load(p_states, mask=(o_n < DSTATE)[:, None] & m_c[None, :], other=0.0)  # [N, CH]
+    # Forwards.
+    b_W, b_bias, b_A = _load_direction(
+        dt_projs_weight, dt_projs_bias, A_logs, ORDER, o_c, o_n, o_r, DIM, DSTATE, RANK, ACC
+    )
+    o_states = (i_slots + i_chunk) * (DSTATE * DIM)
+    b_h = gl.load(p_states + o_states, mask=m_nc, other=0.0)  # [N, CH]
+    _walk_chunk(
+        x, x_dbl, y_sum, y_sum, b_h, b_W, b_bias, b_A, b_D, o_image, first, count, ORDER,
+        height, width, o_c, o_n, o_r, DIM, DSTATE, RANK, STEPS, ORDER == 0, ACC,
+    )  # fmt: skip
+    _barrier()
 
-        pixel, left, line, step, jump = _first_pixel(start, k, height, width)
-        for _ in range(count // STEPS):
-            b_xs = ()
-            b_ys = ()
-            o_pixels = ()
-            for _t in gl.static_range(STEPS):
-                o_pixel = pixel.to(gl.int64)
-                b_xs = b_xs + (_load_channels(p_x + o_pixel * DIM, m_c, ACC),)
-                if not BEGINS:
-                    b_ys = b_ys + (_load_channels(p_sum + o_pixel * DIM, m_c, ACC),)
-                o_pixels = o_pixels + (o_pixel,)
-                pixel, left = _next_pixel(pixel, left, line, step, jump)
-            for t in gl.static_range(STEPS):
-                b_h, b_y = _output_step(
-                    b_h, b_xs[t], p_rows + o_pixels[t] * (4 * ROW), b_W, b_bias, b_A, o_r, o_n,
-                    DSTATE, RANK, ACC,
-                )  # fmt: skip
-                if BEGINS:
-                    b_y += b_D * b_xs[t]
-                else:
-                    b_y += b_ys[t]
-                if ENDS:
-                    gl.store(p_y + o_pixels[t] * DIM, b_y.to(y.dtype.element_ty), mask=m_c)
-                else:
-                    gl.store(p_sum + o_pixels[t] * DIM, b_y, mask=m_c)
-        for _ in range(count % STEPS):
-            o_pixel = pixel.to(gl.int64)
-            b_x = _load_channels(p_x + o_pixel * DIM, m_c, ACC)
-            b_h, b_y = _output_step(
-                b_h, b_x, p_rows + o_pixel * (4 * ROW), b_W, b_bias, b_A, o_r, o_n,
-                DSTATE, RANK, ACC,
-            )  # fmt: skip
-            if BEGINS:
-                b_y += b_D * b_x
-            else:
-                b_y += _load_channels(p_sum + o_pixel * DIM, m_c, ACC)
-            if ENDS:
-                gl.store(p_y + o_pixel * DIM, b_y.to(y.dtype.element_ty), mask=m_c)
-            else:
-                gl.store(p_sum + o_pixel * DIM, b_y, mask=m_c)
-            pixel, left = _next_pixel(pixel, left, line, step, jump)
+    # And back.
+    b_W, b_bias, b_A = _load_direction(
+        dt_projs_weight, dt_projs_bias, A_logs, ORDER + 2, o_c, o_n, o_r, DIM, DSTATE, RANK, ACC
+    )
+    o_states = (i_slots + 3 * num_chunks - 1 - i_chunk) * (DSTATE * DIM)
+    b_h = gl.load(p_states + o_states, mask=m_nc, other=0.0)
+    if ORDER == 0:
+        p_out = y_sum
+    else:
+        p_out = y
+    _walk_chunk(
+        x, x_dbl, y_sum, p_out, b_h, b_W, b_bias, b_A, b_D, o_image, length - first - count, count,
+        ORDER + 2, height, width, o_c, o_n, o_r, DIM, DSTATE, RANK, STEPS, False, ACC,
+    )  # fmt: skip
 
 
 @jit
@@ -687,10 +711,7 @@ def _sweep_kernel(
     b_h0 = gl.load(states + i_slot * (DSTATE * DIM) + o_nc, mask=m_nc, other=0.0)
     b_g = gl.load(adjoints + i_slot * (DSTATE * DIM) + o_nc, mask=m_nc, other=0.0)
     b_dA = _zeros_like(b_A)  # [N, WARPS, 32]
-    if INTERPRETED:
-        kept = _interpreted_shared_memory(TILES)
-    else:
-        kept = gl.allocate_shared_memory(ACC, [TILES, PADDED_DSTATE, WARPS, 32], SHARED)
+    kept = _SharedMemory(ACC, [TILES, PADDED_DSTATE, WARPS, 32], SHARED)
 
     num_inner = (end - start + SUBSTEPS - 1) // SUBSTEPS
     for i in range(num_inner):
@@ -743,8 +764,7 @@ def _sweep_kernel(
                 pixel, left = _next_pixel(pixel, left, line, step, jump)
 
             b_dBCs = ()
-            for s in gl.static_range(STEPS):
-                t = STEPS - 1 - s
+            for t in gl.static_range(STEPS - 1, -1, -1):
                 m_t = m_c & (tile_start + t < end)
                 o_pixel = o_pixels[t]
                 b_delta = gl.load(p_delta + o_pixel * DIM, mask=m_t, other=0.0)
@@ -877,8 +897,7 @@ def _walk_options(x: Tensor, dt_projs_weight: Tensor, A_logs: Tensor) -> dict:
         "CHANNELS": 32 * num_warps,
         "PADDED_DSTATE": triton.next_power_of_2(dstate),
         "PADDED_RANK": triton.next_power_of_2(rank),
-        "STEPS": GROUP,
-        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+                "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
         "BY_STATE": by_state,
         "BY_CHANNEL": by_channel,
         "num_warps": num_warps,
@@ -899,7 +918,7 @@ def _sweep_options(x: Tensor, dt_projs_weight: Tensor, A_logs: Tensor) -> dict:
         channels = gl.SliceLayout(0, layout)
         by_warp, by_lane = gl.SliceLayout(1, channels), gl.SliceLayout(0, channels)
         flat = gl.BlockedLayout([1], [32], [num_warps], [0])
-        shared = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 2, 1, 0])
+        shared = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
     return {
         "DIM": dim,
         "DSTATE": dstate,
@@ -981,7 +1000,7 @@ def scan_2d_forward(
     options = _walk_options(x, dt_projs_weight, A_logs)
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     blocks = triton.cdiv(dim, options["CHANNELS"])
-    chunk_size, num_chunks = _chunks(height * width, blocks * batch, SWEEP_PROGRAMS, SUBCHUNK)
+    chunk_size, num_chunks = _chunks(height * width, blocks * batch, FORWARD_PROGRAMS, 32)
     states = x.new_empty(batch, 4, num_chunks, dstate, dim, dtype=accumulator)
     delta_sums = x.new_empty(batch, 4, num_chunks, dim, dtype=accumulator)
     y = torch.empty_like(x)
@@ -991,11 +1010,13 @@ def scan_2d_forward(
     with torch.cuda.device_of(x):
         if num_chunks > 1:
             grid = (blocks * 4, num_chunks - 1, batch)
-            _chunk_state_kernel[grid](*inputs, states, delta_sums, *sizes, **options)
+            _chunk_state_kernel[grid](
+                *inputs, states, delta_sums, *sizes, STEPS=FORWARD_GROUP, **options
+            )
         _carry(A_logs, states, delta_sums, -1, False, options)
         for order in range(2):
             _output_kernel[(blocks, num_chunks, batch)](
-                *inputs, Ds, states, y_sum, y, *sizes, ORDER=order, **options
+                *inputs, Ds, states, y_sum, y, *sizes, ORDER=order, STEPS=FORWARD_GROUP, **options
             )
     return y
 
@@ -1029,9 +1050,11 @@ def scan_2d_backward(
     sweep = _sweep_options(x, dt_projs_weight, A_logs)
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     blocks = triton.cdiv(dim, walk["CHANNELS"])
-    chunk_size, num_chunks = _chunks(length, blocks * batch, SWEEP_PROGRAMS, SUBCHUNK)
+    chunk_size, num_chunks = _chunks(length, blocks * batch, BACKWARD_PROGRAMS, SUBCHUNK)
     num_subchunks = chunk_size // SUBCHUNK
-    pixels = PROJECTION_PIXELS if accumulator == torch.float32 else 16
+    pixels, channels = PROJECTION_PIXELS, PROJECTION_CHANNELS
+    if accumulator == torch.float64:
+        pixels, channels = 16, 16
     num_tiles = triton.cdiv(batch * length, pixels)
 
     def buffer(*shape):
@@ -1041,12 +1064,16 @@ def scan_2d_backward(
     states = buffer(batch, num_chunks, dstate, dim)
     adjoints = buffer(batch, num_chunks, dstate, dim)
     delta_sums = buffer(batch, num_chunks, dim)
-    inner_states = buffer(batch, num_chunks, num_subchunks, dstate, dim)
+    # The partial sums of dW come when the inner states are done with.
+    inner_shape = batch, num_chunks, num_subchunks, dstate, dim
+    dW_shape = num_tiles, dim, rank
+    scratch = buffer(max(math.prod(inner_shape), math.prod(dW_shape)))
+    inner_states = scratch[: math.prod(inner_shape)]
+    dW_parts = scratch[: math.prod(dW_shape)].view(dW_shape)
     inner_sums = buffer(batch, num_chunks, num_subchunks, dim)
     dBC_parts = buffer(blocks, batch * length, 2 * dstate)
     dA_parts = buffer(batch * num_chunks, dstate, dim)
     dD_parts = buffer(batch * num_chunks, dim)
-    dW_parts = buffer(num_tiles, dim, rank)
     dbias_parts = buffer(num_tiles, dim)
     dx = torch.empty_like(x)
     dx_sum = dx if x.dtype == accumulator else buffer(*x.shape)
@@ -1062,7 +1089,8 @@ def scan_2d_backward(
             grid = (blocks, num_chunks, batch)
             _adjoint_state_kernel[grid](
                 dy, *inputs, delta, states, adjoints, delta_sums, inner_states, inner_sums,
-                dD_parts, *sizes, k, SUBSTEPS=SUBCHUNK, WITH_DD=k == 0, **walk,
+                dD_parts, *sizes, k, SUBSTEPS=SUBCHUNK, STEPS=ADJOINT_GROUP,
+                WITH_DD=k == 0, maxnreg=ADJOINT_REGISTERS, **walk,
             )  # fmt: skip
             _carry(A_logs, states, delta_sums, k, False, walk)
             _carry(A_logs, adjoints, delta_sums, k, True, walk)
@@ -1084,7 +1112,7 @@ def scan_2d_backward(
                 DIM=dim,
                 DSTATE=dstate,
                 RANK=rank,
-                CHANNELS=64 if accumulator == torch.float32 else 16,
+                CHANNELS=channels,
                 PADDED_DSTATE=walk["PADDED_DSTATE"],
                 PADDED_RANK=max(16, walk["PADDED_RANK"]),
                 PIXELS=pixels,
