@@ -8,6 +8,7 @@ import os
 import random
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -95,6 +96,13 @@ def select_device(cuda: bool) -> torch.device:
     if not torch.cuda.is_available():
         raise UsageError("--cuda was given but PyTorch sees no GPU; leave it out to use the CPU")
     return torch.device("cuda")
+
+
+def clock(device: torch.device) -> float:
+    """Seconds of a steady clock, once the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def seed_everything(seed: int) -> None:
