@@ -16,6 +16,9 @@ Shapes in trailing comments: N states, CH channels of the program, in the backwa
 WARPS x 32. A is kept times log2(e), because the hardware's exponential has base 2.
 """
 
+# Triton compiles neither starred tuples nor conditional expressions on blocks of every kind.
+# ruff: noqa: RUF005, SIM108
+
 import copy
 import math
 
@@ -44,6 +47,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 FORWARD_PROGRAMS = 528
 BACKWARD_PROGRAMS = 528
 MAX_WARPS = 4
+SHORTEST_CHUNK = 32
 # Positions of which the inputs are fetched together.
 FORWARD_GROUP = 4
 ADJOINT_GROUP = 2
@@ -811,7 +815,6 @@ def _sweep_kernel(
     gl.store(p_dA, b_dA * b_A * LN_2, mask=m_nc)
 
 
-
 @triton.jit(do_not_specialize=SIZES)
 def _projection_kernel(
     ddelta,  # (num_rows, DIM)
@@ -854,11 +857,11 @@ def _projection_kernel(
         b_bias = tl.load(dt_projs_bias + o_kc, mask=m_c, other=0.0).to(ACC)
         p_ddelta = ddelta + o_p[:, None] * DIM + o_c[None, :]
         b_ddelta = tl.load(p_ddelta, mask=m_p[:, None] & m_c[None, :], other=0.0)
-        b_z = _dot(b_r, tl.trans(b_W), ACC) + b_bias[None, :]
+        b_z = _dot(b_r, tl.trans(b_W)) + b_bias[None, :]
         b_dz = b_ddelta / (1.0 + tl.exp(-b_z))  # [PIXELS, CH]
-        b_dr += _dot(b_dz, b_W, ACC)
+        b_dr += _dot(b_dz, b_W)
         o_part = i_p.to(tl.int64) * DIM + o_c
-        b_dW = _dot(tl.trans(b_dz), b_r, ACC)
+        b_dW = _dot(tl.trans(b_dz), b_r)
         tl.store(dW_parts + o_part[:, None] * RANK + o_r[None, :], b_dW, mask=m_cr)
         tl.store(dbias_parts + o_part, tl.sum(b_dz, axis=0), mask=m_c)
     tl.store(dx_dbl + o_pr, b_dr.to(dx_dbl.dtype.element_ty), mask=m_pr)
@@ -874,8 +877,8 @@ def _projection_kernel(
 
 
 @triton.jit
-def _dot(b_x, b_y, ACC: tl.constexpr):
-    if ACC == tl.float64:
+def _dot(b_x, b_y):
+    if b_x.dtype == tl.float64:
         return tl.sum(b_x[:, :, None] * b_y[None, :, :], axis=1)
     else:
         # Three products of tf32 parts keep float32's accuracy.
@@ -897,7 +900,7 @@ def _walk_options(x: Tensor, dt_projs_weight: Tensor, A_logs: Tensor) -> dict:
         "CHANNELS": 32 * num_warps,
         "PADDED_DSTATE": triton.next_power_of_2(dstate),
         "PADDED_RANK": triton.next_power_of_2(rank),
-                "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
         "BY_STATE": by_state,
         "BY_CHANNEL": by_channel,
         "num_warps": num_warps,
@@ -907,7 +910,7 @@ def _walk_options(x: Tensor, dt_projs_weight: Tensor, A_logs: Tensor) -> dict:
 def _sweep_options(x: Tensor, dt_projs_weight: Tensor, A_logs: Tensor) -> dict:
     """The constants of the kernel in which a thread owns a patch of states and channels."""
     dim, dstate, rank = x.shape[-1], A_logs.shape[1], dt_projs_weight.shape[2]
-    padded = triton.next_power_of_2(dstate)
+    padded = max(2, triton.next_power_of_2(dstate))
     num_warps = next((w for w in (4, 2) if w <= MAX_WARPS and dim % (32 * w) == 0), 1)
     layout = by_state = by_warp = by_lane = flat = shared = None
     if not INTERPRETED.value:
@@ -1000,7 +1003,9 @@ def scan_2d_forward(
     options = _walk_options(x, dt_projs_weight, A_logs)
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     blocks = triton.cdiv(dim, options["CHANNELS"])
-    chunk_size, num_chunks = _chunks(height * width, blocks * batch, FORWARD_PROGRAMS, 32)
+    chunk_size, num_chunks = _chunks(
+        height * width, blocks * batch, FORWARD_PROGRAMS, SHORTEST_CHUNK
+    )
     states = x.new_empty(batch, 4, num_chunks, dstate, dim, dtype=accumulator)
     delta_sums = x.new_empty(batch, 4, num_chunks, dim, dtype=accumulator)
     y = torch.empty_like(x)
