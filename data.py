@@ -1,0 +1,290 @@
+"""Training crops and test pictures: read, crop, flip, shard, resume, cache."""
+
+import functools
+import itertools
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+import utils
+from utils import DataError, UsageError
+
+
+class Crop(NamedTuple):
+    """One training crop: uint8 (height, width, 3), its file, and messages of unreadable files."""
+
+    pixels: Tensor
+    name: str
+    problems: tuple[str, ...]
+
+
+class Batch(NamedTuple):
+    """Collated crops: uint8 (batch, height, width, 3), file names, messages of unreadable files."""
+
+    pixels: Tensor
+    names: list[str]
+    problems: list[str]
+
+
+def pad_to(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Reflect a picture (h, w, 3) at its edges, as often as it takes, to at least this size.
+
+    The picture stays in the middle; a side of one pixel is repeated.
+    """
+    rows, columns = max(height - pixels.shape[0], 0), max(width - pixels.shape[1], 0)
+    if not rows and not columns:
+        return pixels
+    margins = ((rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2), (0, 0))
+    return np.pad(pixels, margins, mode="reflect")
+
+
+class Pictures(Dataset):
+    """The pictures of a folder as uint8 arrays (height, width, 3).
+
+    Args:
+        files: paths of pictures.
+        cache_threads: decode everything now, with this many threads, and keep it; worker
+            processes forked from this one read the same memory. 0 reads a file when it is needed.
+
+    Attributes:
+        problems: one line for each file found unreadable so far.
+
+    Raises:
+        UsageError: none of the files can be read.
+    """
+
+    def __init__(self, files: Sequence[Path], cache_threads: int = 0):
+        self.files = list(files)
+        self.problems: list[str] = []
+        self._cache: list[np.ndarray | None] = []
+        if cache_threads:
+            with ThreadPoolExecutor(cache_threads) as pool:
+                decoded = list(pool.map(self._try_read, self.files))
+            self.problems = [result for result in decoded if isinstance(result, str)]
+            self.files = [f for f, d in zip(self.files, decoded, strict=True) if _is_array(d)]
+            self._cache = [result for result in decoded if _is_array(result)]
+            readable = bool(self._cache)
+        else:
+            readable = any(_is_array(self._try_read(file)) for file in self.files)
+        if not readable:
+            folder = files[0].parent
+            raise UsageError(
+                f"none of the {len(files)} pictures in {folder} can be read; "
+                f"the first: {self._try_read(files[0])}"
+            )
+
+    @staticmethod
+    def _try_read(file: Path) -> "np.ndarray | str":
+        """The picture, or one line that says why it cannot be read."""
+        try:
+            return np.asarray(utils.read_image(file))
+        except DataError as error:
+            return str(error)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> "np.ndarray | str":
+        """The picture, or one line that says why it cannot be read."""
+        return self._cache[index] if self._cache else self._try_read(self.files[index])
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, np.ndarray)
+
+
+class Crops(Dataset):
+    """Random crops and horizontal flips of pictures.
+
+    What an item looks like is a function of the seed and its key (epoch, index) alone, never of
+    a worker's random state. In place of an unreadable picture the next readable one is taken.
+
+    Args:
+        pictures: where they come from.
+        patch_size: (height, width) of a crop.
+        seed: of the run.
+    """
+
+    def __init__(self, pictures: Pictures, patch_size: tuple[int, int], seed: int):
+        self.pictures = pictures
+        self.patch_size = patch_size
+        self.seed = seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Crop:
+        epoch, first = key
+        problems = []
+        for i in range(len(self.pictures)):
+            index = (first + i) % len(self.pictures)
+            pixels = self.pictures[index]
+            if _is_array(pixels):
+                crop = self._crop(pixels, np.random.default_rng((self.seed, epoch, first)))
+                return Crop(crop, self.pictures.files[index].name, tuple(problems))
+            problems.append(pixels)
+        raise DataError(f"no training picture can be read any more; the last: {problems[-1]}")
+
+    def _crop(self, pixels: np.ndarray, rng: np.random.Generator) -> Tensor:
+        height, width = self.patch_size
+        pixels = pad_to(pixels, height, width)
+        top = rng.integers(pixels.shape[0] - height + 1)
+        left = rng.integers(pixels.shape[1] - width + 1)
+        crop = pixels[top : top + height, left : left + width]
+        if rng.integers(2):
+            crop = crop[:, ::-1]
+        return torch.from_numpy(crop.copy())
+
+
+class CropSampler(Sampler[list[tuple[int, int]]]):
+    """Endless batches of keys (epoch, index) for `Crops`, from any point of a run on.
+
+    The pictures form one stream: each epoch is a permutation of all of them, and epochs follow
+    each other without a gap, so every batch is full. A global batch is a run of the stream and
+    process ``rank`` gets the part of it at its place: the processes together see what a single
+    one with ``world_size`` times the batch size sees, in the same order.
+
+    Args:
+        num_pictures: size of the training set.
+        batch_size: of one process.
+        seed: of the run.
+        start: global batches already taken.
+        rank, world_size: this process among all.
+    """
+
+    def __init__(
+        self,
+        num_pictures: int,
+        batch_size: int,
+        seed: int,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        self.num_pictures = num_pictures
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = start
+        self.rank = rank
+        self.world_size = world_size
+        self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)
+
+    def _draw_permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.num_pictures)
+
+    def _key(self, position: int) -> tuple[int, int]:
+        epoch, offset = divmod(position, self.num_pictures)
+        return epoch, int(self._permutation(epoch)[offset])
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for batch in itertools.count(self.start):
+            first = (batch * self.world_size + self.rank) * self.batch_size
+            yield [self._key(position) for position in range(first, first + self.batch_size)]
+
+
+def _collate(crops: Sequence[Crop]) -> Batch:
+    return Batch(
+        torch.stack([crop.pixels for crop in crops]),
+        [crop.name for crop in crops],
+        [problem for crop in crops for problem in crop.problems],
+    )
+
+
+def _start_worker(worker: int) -> None:
+    # A signal to the process group is for the main process, which first saves its run. It then has
+    # to call `end_workers`, or it would wait for its workers forever.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def end_workers(batches: Iterator) -> None:
+    """End the processes behind a DataLoader's iterator."""
+    if hasattr(batches, "_shutdown_workers"):
+        batches._shutdown_workers()
+
+
+def _loader(dataset: Dataset, workers: int, **kwargs) -> DataLoader:
+    return DataLoader(
+        dataset,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_start_worker,
+        # The loader draws a seed for each pass; taken from the main random state it would make a
+        # resumed run differ.
+        generator=torch.Generator(),
+        **kwargs,
+    )
+
+
+def training_batches(
+    crops: Crops, sampler: CropSampler, workers: int, pin_memory: bool
+) -> Iterator[Batch]:
+    """Endless training batches, read ahead by worker processes (0: none) until `end_workers`."""
+    loader = _loader(
+        crops, workers, batch_sampler=sampler, collate_fn=_collate, pin_memory=pin_memory
+    )
+    return iter(loader)
+
+
+class TestPictures:
+    """Whole test pictures in batches of one size.
+
+    Args:
+        pictures: where they come from.
+        batch_size: pictures of equal size that follow each other are put together up to this.
+        workers: processes that read ahead.
+        rank, world_size: every ``world_size``-th picture belongs to this process.
+        min_side: smaller pictures are padded by reflection.
+    """
+
+    __test__ = False  # its name is no test's
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        batch_size: int,
+        workers: int,
+        rank: int = 0,
+        world_size: int = 1,
+        min_side: int = 1,
+    ):
+        self.problems: list[str] = []
+        self._batch_size = batch_size
+        self._min_side = min_side
+        self._loader = _loader(
+            pictures,
+            workers,
+            batch_size=None,
+            sampler=range(rank, len(pictures), world_size),
+            collate_fn=lambda picture: picture,
+        )
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield uint8 (batch, height, width, 3); unreadable files go to ``problems``."""
+        batch: list[np.ndarray] = []
+        self.problems = []
+        pictures = iter(self._loader)
+        try:
+            for pixels in pictures:
+                if isinstance(pixels, str):
+                    self.problems.append(pixels)
+                    continue
+                pixels = pad_to(pixels, self._min_side, self._min_side)
+                if batch and (len(batch) == self._batch_size or batch[0].shape != pixels.shape):
+                    yield torch.from_numpy(np.stack(batch))
+                    batch = []
+                batch.append(pixels)
+            if batch:
+                yield torch.from_numpy(np.stack(batch))
+        finally:
+            end_workers(pictures)
+
+
+def available_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
