@@ -31,7 +31,7 @@ SHAPES = [
     pytest.param((1, 1, 9, 32, 16), id="one-row-one-past-a-chunk"),
     pytest.param((2, 7, 1, 32, 1), id="one-column-one-state-one-short-of-a-chunk"),
     pytest.param((1, 4, 4, 64, 16), id="whole-chunks-two-warps"),
-    pytest.param((3, 1, 9, 40, 8), id="batch-of-three-and-part-of-a-channel-block"),
+    pytest.param((3, 1, 3, 40, 8), id="batch-of-three-and-part-of-a-channel-block"),
     pytest.param((1, 3, 5, 33, 3), id="padded-states-and-rank"),
 ]
 
@@ -92,13 +92,13 @@ def test_matches_the_reference(scan, shape):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(scan, dtype):
-    check(scan, *make_inputs((1, 3, 4, 32, 16), dtype))
+    check(scan, *make_inputs((1, 2, 5, 32, 16), dtype))
 
 
 @pytest.mark.parametrize("bias", [-110.0, -18.0, 40.0])
 def test_extreme_delta(scan, bias):
     """Delta of zero, of 1e-8 (its gradients need log1p's accuracy) and so large that all decays."""
-    inputs, dy = make_inputs((1, 3, 4, 32, 16))
+    inputs, dy = make_inputs((1, 2, 5, 32, 16))
     inputs[2] = 0.1 * inputs[2]
     inputs[3] = torch.full_like(inputs[3], bias)
     check(scan, inputs, dy)
