@@ -8,8 +8,11 @@ bytes as it takes (3 to 6), followed by the 16-bit words in the order the decode
 moved first. There are words only where x takes 5 or 6 bytes, so the parity of the string's length
 tells which. A decoder must end with x = 2**16 and no bytes left.
 
-A value that its table does not hold is coded as the table's last entry, followed by the value's
-distance from the table in Elias gamma code: 5 bits for the length, then the bits.
+A value that its table does not hold is coded as the table's last entry, followed by its distance
+from the table in Elias gamma code. Distances are 1, 3, 5 and so on for the values above the
+table, 2, 4, 6 and so on for those below. Of a distance's bits the highest one is left out; their
+number is coded in 5 bits, then those above the lowest 16 bits, then the lowest 16. k bits of value
+v are a symbol of frequency 2**(16 - k) and cumulative frequency v * 2**(16 - k).
 """
 
 from __future__ import annotations
@@ -259,7 +262,6 @@ def _encode(symbols, indexes, cdf, rows, offsets, words):
         other = rows[index + 1] - row - 2
         entry = np.int64(symbols[i]) - offsets[index]
         if not 0 <= entry < other:
-            # Distances above and below the table alternate: 1, 3, 5 and 2, 4, 6.
             distance = 2 * (entry - other) + 1 if entry >= other else -2 * entry
             length = 0
             while distance >> (length + 1):
