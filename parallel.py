@@ -1,6 +1,7 @@
 """The processes that train one network together."""
 
 import contextlib
+import inspect
 import os
 
 import torch
@@ -56,7 +57,10 @@ class Processes:
         """The model with gradients averaged over all processes."""
         if self.world_size == 1:
             return model
-        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # The buffers are constants. PyTorch 2.14 gave the argument a new name.
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        return DistributedDataParallel(model, gradient_as_bucket_view=True, **{sync: False})
 
     def sum(self, values: Tensor) -> list[float]:
         """Sum of a vector over all processes."""

@@ -104,7 +104,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="the run's folder is DIR/<lambda> (default: runs)")
     add("--save", action=argparse.BooleanOptionalAction, default=True, help="write checkpoints")
     add("--continue_train", action="store_true",
-        help="go on from --checkpoint, else from the run's latest checkpoint if it has one")
+        help="go on from the run's latest checkpoint, from --checkpoint if it has none yet")
     add("--val-every", type=positive_int, metavar="STEPS", help="default: every epoch")
     add("--save-every", type=positive_int, metavar="STEPS", help="default: every epoch")
     add("--log-every", type=positive_int, default=50, metavar="STEPS", help="default: 50")
@@ -121,18 +121,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def find_checkpoint(args: argparse.Namespace, folder: Path) -> Path | None:
-    """The checkpoint that the flags ask to start or to go on from."""
+    """The checkpoint that the flags ask to start or to go on from.
+
+    A command that is given again after its run was killed goes on with that run, also where
+    --checkpoint says how it began; a checkpoint of the run itself is taken as asked.
+    """
     latest = checkpoint_path(folder, "latest")
-    if args.checkpoint is not None:
-        if args.continue_train and latest.exists() and not latest.samefile(args.checkpoint):
-            logger.warning("going on from %s, not from %s", args.checkpoint, latest)
-        return args.checkpoint
     if not args.continue_train:
-        return None
-    if not latest.exists():
+        return args.checkpoint
+    if latest.exists():
+        if args.checkpoint is None:
+            return latest
+        if args.checkpoint.resolve().parent != folder.resolve():
+            logger.info("going on from %s, which is later than %s", latest, args.checkpoint)
+            return latest
+    elif args.checkpoint is None:
         logger.info("nothing to go on from in %s: starting at step 0", folder)
-        return None
-    return latest
+    return args.checkpoint
 
 
 def tidy(folder: Path, keep_run: bool) -> None:
