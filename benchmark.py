@@ -1,0 +1,369 @@
+"""Time and memory of the scan, the SS2D block, the network and the codec on this machine.
+
+Every backend that can run here is measured side by side in one run, after a check against the
+float64 reference; a backend that fails the check gets no times. Random weights, random inputs.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from compressai.losses import RateDistortionLoss
+from torch import Tensor
+
+import kernels
+import models
+import utils
+from layers import SS2D
+
+GROUPS = ("operator", "block", "network", "scaling", "training", "codec")
+TOLERANCE = 1e-5  # relative error of float32 against float64, forward
+MIB = 2**20
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cuda", action="store_true", help="run on the GPU")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="groups to run")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all records to this file")
+    parser.add_argument(
+        "--default-precision",
+        action="store_true",
+        help="keep PyTorch's default float32 matrix products instead of TF32 ones",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="time to spend on one measurement (default: 2)"
+    )
+    return parser.parse_args(argv)
+
+
+class Bench:
+    """Measures functions on one device and keeps the records."""
+
+    def __init__(self, device: torch.device, seconds: float):
+        self.device = device
+        self.seconds = seconds
+        self.records: list[dict] = []
+
+    def _once(self, function: Callable[[], object]) -> float:
+        """Milliseconds of one call."""
+        if self.device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            function()
+            end.record()
+            torch.cuda.synchronize(self.device)
+            return start.elapsed_time(end)
+        begin = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - begin)
+
+    def run(
+        self, group: str, name: str, backend: str, function: Callable[[], object], **extra: object
+    ) -> float:
+        """Record median, 20th and 80th percentile in ms, and on a GPU peak memory in MiB."""
+        record = {"group": group, "name": name, "backend": backend, **extra}
+        try:
+            warm = [self._once(function) for _ in range(2)][-1]
+            if self.device.type == "cuda":
+                for _ in range(2):
+                    self._once(function)
+                torch.cuda.reset_peak_memory_stats(self.device)
+                before = torch.cuda.memory_allocated(self.device)
+                warm = self._once(function)
+                peak = torch.cuda.max_memory_allocated(self.device)
+                record["peak_mib"] = (peak - before) / MIB
+            repeats = min(100, max(3, int(1e3 * self.seconds / max(warm, 1e-3))))
+            times = sorted(self._once(function) for _ in range(repeats))
+        except (RuntimeError, ValueError) as error:
+            record["error"] = str(error).strip().split("\n")[0]
+            self.records.append(record)
+            print(f"{group:<9} {name:<34} {backend:<10} {record['error'][:80]}", flush=True)
+            return math.nan
+        deciles = statistics.quantiles(times, n=10, method="inclusive")
+        record |= {
+            "median_ms": statistics.median(times),
+            "p20_ms": deciles[1],
+            "p80_ms": deciles[7],
+            "repeats": repeats,
+        }
+        self.records.append(record)
+        memory = f"{record['peak_mib']:9.0f} MiB" if "peak_mib" in record else ""
+        print(
+            f"{group:<9} {name:<34} {backend:<10} {record['median_ms']:10.2f} ms "
+            f"[{record['p20_ms']:.2f}, {record['p80_ms']:.2f}] {memory}",
+            flush=True,
+        )
+        return record["median_ms"]
+
+
+def scan_arguments(
+    batch: int, height: int, width: int, dim: int, device: torch.device
+) -> list[Tensor]:
+    """Random arguments of `kernels.selective_scan_2d`, from a freshly initialised SS2D."""
+    block = SS2D(dim // 2).to(device)
+    x = torch.randn(batch, height, width, dim, device=device)
+    weights = (
+        block.x_proj_weight,
+        block.dt_projs_weight,
+        block.dt_projs_bias,
+        block.A_logs,
+        block.Ds,
+    )
+    return [tensor.detach().requires_grad_() for tensor in (x, *weights)]
+
+
+def backend_error(backend: str, device: torch.device) -> float:
+    """Relative error of a backend's float32 forward pass against the float64 reference."""
+    arguments = scan_arguments(1, 13, 17, 64, device)
+    with torch.no_grad(), full_precision():
+        expected = kernels.selective_scan_2d(
+            *(argument.double() for argument in arguments), backend="reference"
+        )
+        actual = kernels.selective_scan_2d(*arguments, backend=backend).double()
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
+@contextlib.contextmanager
+def automatic_backend(name: str) -> Iterator[None]:
+    """Let `auto` mean this backend, so that whole layers run on it."""
+    with mock.patch.dict(os.environ, MAMBAVC_SCAN_BACKEND=name):
+        yield
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 matrix products without TF32."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def usable_backends(device: torch.device) -> list[str]:
+    """Backends that run here and agree with the reference; the others are printed with why."""
+    usable = []
+    for backend, reason in kernels.available_backends(device).items():
+        if reason is None:
+            error = backend_error(backend, device)
+            if error < TOLERANCE:
+                usable.append(backend)
+                print(f"{backend}: relative error {error:.1e}")
+                continue
+            reason = f"relative error {error:.1e} exceeds {TOLERANCE:.0e}"
+        print(f"{backend}: not measured, {reason}")
+    return usable
+
+
+def exponential_floor(batch: int, height: int, width: int, dim: int, dstate: int = 16) -> float:
+    """Least ms of one forward scan on this GPU: one exp2 per state update, 16 per cycle and SM."""
+    try:
+        command = ["nvidia-smi", "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"]
+        clock_mhz = float(subprocess.check_output(command, text=True).split("\n")[0])
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        return math.nan
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    updates = batch * height * width * 4 * dim * dstate
+    return updates / (processors * 16 * clock_mhz * 1e3)
+
+
+def backward_pass(function: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Callable[[], None]:
+    """A forward and a backward pass of `function` with a fixed random output gradient."""
+    gradient = torch.randn_like(function().detach())
+
+    def run() -> None:
+        torch.autograd.grad(function(), inputs, gradient)
+
+    return run
+
+
+def bench_operator(bench: Bench, backends: Sequence[str]) -> None:
+    cuda = bench.device.type == "cuda"
+    shapes = [(1, 256, 384, 512), (8, 128, 128, 512), (1, 16, 24, 512)] if cuda else []
+    for shape in [(1, 64, 96, 512), *shapes]:
+        arguments = scan_arguments(*shape, bench.device)
+        label = "x".join(map(str, shape))
+        floor = {"floor_ms": exponential_floor(*shape)} if cuda else {}
+        for backend in backends:
+            # The step-by-step reference takes minutes at full size.
+            if backend == "reference" and math.prod(shape) > 64 * 96 * 512:
+                continue
+
+            def scan(arguments=arguments, backend=backend) -> Tensor:
+                return kernels.selective_scan_2d(*arguments, backend=backend)
+
+            with torch.no_grad():
+                bench.run("operator", f"scan {label} forward", backend, scan, **floor)
+            both = backward_pass(scan, arguments)
+            bench.run("operator", f"scan {label} fwd+bwd", backend, both)
+
+
+def bench_block(bench: Bench, backends: Sequence[str]) -> None:
+    cuda = bench.device.type == "cuda"
+    shapes = [(1, 256, 384), (8, 128, 128)] if cuda else [(1, 64, 96)]
+    for shape in shapes:
+        block = SS2D(256).to(bench.device)
+        u = torch.randn(*shape, 256, device=bench.device, requires_grad=True)
+        label = "x".join(map(str, shape))
+        for backend in backends:
+            if backend == "reference" and cuda:
+                continue
+            with automatic_backend(backend):
+                with torch.no_grad():
+                    bench.run("block", f"SS2D 256 {label} forward", backend, lambda: block(u))
+                both = backward_pass(lambda: block(u), [u, *block.parameters()])
+                bench.run("block", f"SS2D 256 {label} fwd+bwd", backend, both)
+
+
+def network(bench: Bench) -> models.SliceHyperprior:
+    torch.manual_seed(0)
+    model = models.build_model("mambavc").to(bench.device).eval()
+    model.update()
+    return model
+
+
+def picture(height: int, width: int, device: torch.device) -> Tensor:
+    """A smooth random picture (1, 3, height, width) in [0, 1]."""
+    coarse = torch.rand(1, 3, height // 16 + 2, width // 16 + 2, device=device)
+    return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
+
+
+def bench_network(bench: Bench) -> None:
+    model = network(bench)
+    cuda = bench.device.type == "cuda"
+    sizes = [(512, 768), (1024, 1024), (1408, 2048)] if cuda else [(256, 256)]
+    for height, width in sizes:
+        x = picture(height, width, bench.device)
+        with torch.inference_mode():
+            bench.run("network", f"forward {height}x{width}", "auto", lambda x=x: model(x))
+
+
+def bench_scaling(bench: Bench) -> None:
+    """Forward time from 0.1 to 8 megapixels; prints the exponent of time against pixels."""
+    model = network(bench)
+    megapixels = (0.1, 0.4, 1.0, 2.0, 4.0, 8.0) if bench.device.type == "cuda" else (0.03, 0.1)
+    points = []
+    for amount in megapixels:
+        width = round(math.sqrt(amount * 1.5e6) / 128) * 128
+        height = max(128, round(amount * 1e6 / width / 128) * 128)
+        x = picture(height, width, bench.device)
+        with torch.inference_mode():
+            name = f"forward {height}x{width}"
+            median = bench.run("scaling", name, "auto", lambda x=x: model(x), pixels=height * width)
+        points.append((height * width, median))
+    pixels, times = np.log(np.array(points)).T
+    exponent = np.polyfit(pixels, times, 1)[0]
+    print(f"scaling: time grows as pixels to the power of {exponent:.3f}")
+    bench.records.append({"group": "scaling", "name": "exponent", "value": exponent})
+
+
+def bench_training(bench: Bench) -> None:
+    """One optimiser step on a batch of 256x256 crops, without data loading."""
+    cuda = bench.device.type == "cuda"
+    for batch, amp in ((8, False), (8, True), (16, False), (16, True)) if cuda else ((1, False),):
+        model = network(bench).train()
+        parameters = [p for name, p in model.named_parameters() if not name.endswith("quantiles")]
+        optimizer = torch.optim.Adam(parameters, lr=1e-4)
+        criterion = RateDistortionLoss(lmbda=0.013)
+        side = 256 if cuda else 64
+        x = torch.rand(batch, 3, side, side, device=bench.device)
+
+        def step(model=model, parameters=parameters, optimizer=optimizer, x=x, amp=amp) -> None:
+            optimizer.zero_grad()
+            with torch.autocast(bench.device.type, torch.bfloat16, enabled=amp):
+                output = model(x)
+            output["x_hat"] = output["x_hat"].float()
+            criterion(output, x)["loss"].backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+
+        name = f"step {batch}x{side}x{side} {'bf16' if amp else 'float32'}"
+        bench.run("training", name, "auto", step)
+
+
+def bench_codec(bench: Bench) -> None:
+    model = network(bench)
+    x = picture(512, 768, bench.device)
+    for exact in (True, False):
+        mode = "exact" if exact else "fast"
+        bench.run(
+            "codec", f"compress 512x768 {mode}", "auto", lambda: model.compress(x, exact=exact)
+        )
+        stream = model.compress(x, exact=exact)
+        bench.run(
+            "codec",
+            f"decompress 512x768 {mode}",
+            "auto",
+            lambda: model.decompress(**stream, exact=exact),
+        )
+    if bench.device.type == "cpu":
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
+        print(f"codec: peak memory of the process {peak:.0f} MiB")
+        bench.records.append({"group": "codec", "name": "peak process memory", "peak_mib": peak})
+
+
+def machine(device: torch.device) -> dict:
+    """What the numbers depend on."""
+    try:
+        commit = subprocess.check_output(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            text=True,
+            stderr=subprocess.DEVNULL,
+        ).strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    record = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "cpu": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "commit": commit,
+    }
+    with contextlib.suppress(ImportError):
+        import triton
+
+        record["triton"] = triton.__version__
+    return record
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    utils.setup_logging()
+    device = utils.select_device(args.cuda)
+    if not args.default_precision:
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    bench = Bench(device, args.seconds)
+    record = {"machine": machine(device), "records": bench.records}
+    print(json.dumps(record["machine"]))
+    backends = usable_backends(device)
+    for group in args.only:
+        if group in ("operator", "block"):
+            globals()[f"bench_{group}"](bench, backends)
+        else:
+            globals()[f"bench_{group}"](bench)
+        if args.json:
+            with utils.atomic_write(args.json) as path:
+                path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    utils.run_main(main)

@@ -1,0 +1,84 @@
+"""Layers against direct formulas."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from layers import SS2D, SwinAttentionBlock, SwinBlock, VSSBlock, WindowAttention
+
+
+def naive_window_attention(layer: WindowAttention, x: torch.Tensor) -> torch.Tensor:
+    """Every pixel attends to the pixels of its own window, found by coordinates."""
+    height, width, dim = x.shape[1:]
+    p, shift, heads = layer.window_size, layer.shift, layer.num_heads
+    padded = F.pad(x, (0, 0, 0, -width % p, 0, -height % p))
+    rows, columns = padded.shape[1:3]
+    q, k, v = layer.embedding_layer(padded).reshape(*padded.shape[:3], 3, heads, -1).unbind(3)
+    out = torch.zeros_like(padded)
+    positions = [(i, j) for i in range(rows) for j in range(columns)]
+
+    def window(i, j):
+        # A window that wraps around the map's end is cut there.
+        return tuple(((a - shift) // p, a >= shift) if shift else a // p for a in (i, j))
+
+    for i, j in positions:
+        members = [m for m in positions if window(*m) == window(i, j)]
+        mi, mj = (torch.tensor(side) for side in zip(*members, strict=True))
+        bias = layer.relative_position_params[:, i - mi + p - 1, j - mj + p - 1]  # (heads, members)
+        logits = torch.einsum("bhc,bmhc->bhm", q[:, i, j], k[:, mi, mj]) * layer.scale + bias
+        out[:, i, j] = torch.einsum("bhm,bmhc->bhc", logits.softmax(-1), v[:, mi, mj]).flatten(1)
+    return layer.linear(out)[:, :height, :width]
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("size", [(8, 8), (1, 1), (5, 9)], ids=str)
+def test_window_attention_matches_a_direct_sum(size, shift):
+    layer = WindowAttention(8, head_dim=4, window_size=4, shift=shift).double()
+    torch.nn.init.normal_(layer.relative_position_params)
+    x = torch.randn(2, *size, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), naive_window_attention(layer, x))
+
+
+def test_window_attention_refuses_a_width_its_heads_do_not_divide():
+    with pytest.raises(ValueError, match="dim 10 is not a multiple of head_dim 4"):
+        WindowAttention(10, head_dim=4, window_size=4)
+
+
+def test_swin_blocks_keep_shape():
+    x = torch.randn(1, 5, 9, 16)
+    assert SwinBlock(16, head_dim=8).eval()(x).shape == x.shape
+    x = torch.randn(2, 20, 3, 11)
+    assert SwinAttentionBlock(20, 16, head_dim=8, window_size=8).eval()(x).shape == x.shape
+
+
+def test_ss2d_is_the_paper_formula():
+    layer = SS2D(16).double()
+    u = torch.randn(2, 3, 5, 16, dtype=torch.float64)
+    x, z = layer.in_proj(u).chunk(2, dim=-1)
+    x = F.silu(layer.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+    parameters = (
+        layer.x_proj_weight,
+        layer.dt_projs_weight,
+        layer.dt_projs_bias,
+        layer.A_logs,
+        layer.Ds,
+    )
+    y = kernels.selective_scan_2d(x.contiguous(), *parameters, backend="reference")
+    expected = layer.out_proj(layer.out_norm(y) * F.silu(z))
+    torch.testing.assert_close(layer(u), expected)
+
+
+def test_ss2d_starts_with_mambas_step_sizes():
+    delta = F.softplus(SS2D(32).dt_projs_bias.double())
+    # exp, log and softplus in float32 may move the ends of the range by 1e-4 of their value.
+    assert delta.min() >= 1e-3 * (1 - 1e-4)
+    assert delta.max() <= 1e-1 * (1 + 1e-4)
+    assert delta.log().std() > 1
+
+
+def test_vss_block_is_a_residual_and_drops_it_in_training():
+    block = VSSBlock(8, drop_path=0.999)
+    x = torch.randn(1, 8, 4, 4)
+    assert not torch.equal(block.eval()(x), x)
+    assert torch.equal(block.train()(x), x)
