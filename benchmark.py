@@ -115,14 +115,7 @@ def scan_arguments(
     """Random arguments of `kernels.selective_scan_2d`, from a freshly initialised SS2D."""
     block = SS2D(dim // 2).to(device)
     x = torch.randn(batch, height, width, dim, device=device)
-    weights = (
-        block.x_proj_weight,
-        block.dt_projs_weight,
-        block.dt_projs_bias,
-        block.A_logs,
-        block.Ds,
-    )
-    return [tensor.detach().requires_grad_() for tensor in (x, *weights)]
+    return [tensor.detach().requires_grad_() for tensor in (x, *block.scan_parameters())]
 
 
 def backend_error(backend: str, device: torch.device) -> float:

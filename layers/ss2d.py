@@ -55,19 +55,23 @@ class SS2D(nn.Module):
         self.A_logs.copy_(torch.arange(1, self.A_logs.shape[1] + 1).log().expand_as(self.A_logs))
         nn.init.ones_(self.Ds)
 
-    def forward(self, u: Tensor) -> Tensor:
-        """Map (batch, height, width, dim) to the same shape."""
-        # Two products instead of one that is split: both maps come out dense.
-        x_weight, z_weight = self.in_proj.weight.chunk(2)
-        x = depthwise_conv_silu(F.linear(u, x_weight), self.conv2d.weight, self.conv2d.bias)
-        y = selective_scan_2d(
-            x,
+    def scan_parameters(self) -> tuple[Tensor, ...]:
+        """What `kernels.selective_scan_2d` takes after the map, in its order."""
+        return (
             self.x_proj_weight,
             self.dt_projs_weight,
             self.dt_projs_bias,
             self.A_logs,
             self.Ds,
         )
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Map (batch, height, width, dim) to the same shape."""
+        # Two products instead of one that is split: both maps come out dense.
+        x_weight, z_weight = self.in_proj.weight.chunk(2)
+        x = depthwise_conv_silu(F.linear(u, x_weight), self.conv2d.weight, self.conv2d.bias)
+        y = selective_scan_2d(x, *self.scan_parameters())
+        del x  # the gate follows with maps of the same size
         z = F.linear(u, z_weight)
         norm = self.out_norm
         return self.out_proj(norm_gate(y, z, norm.weight, norm.bias, norm.eps))

@@ -10,7 +10,7 @@ from layers import SS2D, SwinAttentionBlock, SwinBlock, VSSBlock, WindowAttentio
 
 def naive_window_attention(layer: WindowAttention, x: torch.Tensor) -> torch.Tensor:
     """Every pixel attends to the pixels of its own window, found by coordinates."""
-    height, width, dim = x.shape[1:]
+    height, width = x.shape[1:3]
     p, shift, heads = layer.window_size, layer.shift, layer.num_heads
     padded = F.pad(x, (0, 0, 0, -width % p, 0, -height % p))
     rows, columns = padded.shape[1:3]
@@ -57,14 +57,7 @@ def test_ss2d_is_the_paper_formula():
     u = torch.randn(2, 3, 5, 16, dtype=torch.float64)
     x, z = layer.in_proj(u).chunk(2, dim=-1)
     x = F.silu(layer.conv2d(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-    parameters = (
-        layer.x_proj_weight,
-        layer.dt_projs_weight,
-        layer.dt_projs_bias,
-        layer.A_logs,
-        layer.Ds,
-    )
-    y = kernels.selective_scan_2d(x.contiguous(), *parameters, backend="reference")
+    y = kernels.selective_scan_2d(x.contiguous(), *layer.scan_parameters(), backend="reference")
     expected = layer.out_proj(layer.out_norm(y) * F.silu(z))
     torch.testing.assert_close(layer(u), expected)
 

@@ -45,31 +45,38 @@ def test_state_dict_is_that_of_the_published_network(published):
     assert {key: list(value.shape) for key, value in published.state_dict().items()} == shapes
 
 
+@torch.no_grad()
 def test_outputs_are_those_of_the_published_network(published):
-    """Expected values: every fifth channel of y, means and scales, every fourth pixel of x_hat."""
-    expected = np.load(ASSETS / "published_256x256.npz")
+    """Expected means and scales hold every fifth channel, x_hat every fourth pixel.
+
+    What follows y is compared on the published y: one of its elements lies 2.5 from its mean, to
+    the last bit of float32, and is rounded to even there, while any other rounding error in y
+    rounds it up (float64 gives 2.5000089) and changes the slices after it.
+    """
+    expected = {k: torch.from_numpy(v) for k, v in np.load(ASSETS / "published_256x256.npz").items()}
     x = torch.from_numpy(parity_fill.image(256, 256, seed=0))
     predictions = []
-    conditional = published.gaussian_conditional
-    hook = conditional.register_forward_pre_hook(lambda _, inputs: predictions.append(inputs))
-    with torch.no_grad():
-        y = published.g_a(x)
-        z = published.h_a(y)
-        output = published(x)
-    hook.remove()
-    scales = torch.cat([scale for _, scale, _ in predictions], dim=1)
-    means = torch.cat([mean for _, _, mean in predictions], dim=1)
+    y = published.g_a(x)
+    hooks = [
+        published.g_a.register_forward_hook(lambda *_: expected["y"]),
+        published.gaussian_conditional.register_forward_pre_hook(
+            lambda _, inputs: predictions.append(inputs)
+        ),
+    ]
+    output = published(x)
+    for hook in hooks:
+        hook.remove()
     actual = {
-        "y": y[:, ::5],
-        "z": z,
-        "means": means[:, ::5],
-        "scales": scales[:, ::5],
+        "y": y,
+        "z": published.h_a(y),
+        "means": torch.cat([mean for _, _, mean in predictions], dim=1)[:, ::5],
+        "scales": torch.cat([scale for _, scale, _ in predictions], dim=1)[:, ::5],
         "x_hat": output["x_hat"][..., ::4, ::4],
     }
     # Float32 rounding through 50 layers leaves about 1e-5; a wrong layer leaves 1e-1.
     for name, value in actual.items():
-        reference = torch.from_numpy(expected[name])
-        assert (value - reference).norm() / reference.norm() < 1e-3, name
+        error = (value - expected[name]).norm() / expected[name].norm()
+        assert error < 1e-4, name
     for name, likelihoods in output["likelihoods"].items():
         bits = -likelihoods.log2().sum().item()
         assert bits == pytest.approx(expected[f"bits_{name}"].item(), rel=1e-3)
@@ -84,7 +91,7 @@ def test_any_size_is_reconstructed_at_its_size(size):
 
 
 def test_gradients_reach_every_parameter():
-    model = build_model("mambavc", **TINY).train()
+    model = build_model("mambavc", **TINY, drop_path_rate=0).train()
     output = model(torch.rand(2, 3, 64, 64))
     rate = sum(-likelihood.log2().sum() for likelihood in output["likelihoods"].values())
     (output["x_hat"].square().mean() + rate + model.aux_loss()).backward()
@@ -93,8 +100,8 @@ def test_gradients_reach_every_parameter():
         for name, parameter in model.named_parameters()
         if parameter.grad is None or not parameter.grad.isfinite().all() or not parameter.grad.any()
     ]
-    # LowerBound stops the gradient of scales below it unless they want to grow: one attention
-    # path may rest in the first step, nothing else.
+    # A scale below its lower bound passes a gradient only if that would raise it, so the path to
+    # the scales may rest in one step; nothing else may.
     assert [name for name in unreached if "scale" not in name] == []
 
 
@@ -142,7 +149,7 @@ def test_registry():
     assert "mambavc" in models.list_models()
     with pytest.raises(ValueError, match="already registered"):
         models.register_model("mambavc")(MambaVC)
-    with pytest.raises(ValueError, match="unknown model 'mamba'; choose from .*mambavc"):
+    with pytest.raises(ValueError, match=r"unknown model 'mamba'; choose from .*mambavc"):
         build_model("mamba")
     from compressai.registry import MODELS
 
