@@ -7,7 +7,6 @@
 
 # ruff: noqa: RUF001 (the labels hold multiplication signs and Greek letters)
 
-import argparse
 import inspect
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from matplotlib.patches import FancyBboxPatch
 
 from models import MambaVC
 from results import style
-from utils import run_main
+from utils import ArgumentParser, run_main
 
 WIDTH, HEIGHT = 11.5, 7.6  # inches, and the units of all coordinates below
 
@@ -276,7 +275,7 @@ def _slices(axes: Axes, num_slices: int) -> None:
     _arrow(axes, (x0 + 3.0, 1.5), (x0 + 3.0, 0.65), (x0 + 2.85, 0.65))
     axes.text(x0 + 1.62, 1.12, "own weights for μ and for σ", ha="center", fontsize=7.5,
               color=style.MUTED)  # fmt: skip
-    axes.text(x0 + 2.1, 0.2, "LRP: learned residual prediction", ha="center", fontsize=7.5,
+    axes.text(x0 + 2.1, 0.2, "LRP: latent residual prediction", ha="center", fontsize=7.5,
               color=style.MUTED)  # fmt: skip
 
 
@@ -300,7 +299,7 @@ def draw(output: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m results.architecture", description="Draw the diagram of the network."
     )
     parser.add_argument("--output", type=Path, default=Path("pic/architecture.png"), metavar="FILE")

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from scipy.interpolate import PchipInterpolator
 
 from results import style
-from utils import UsageError, atomic_write, mean, ms_ssim_db, run_main
+from utils import ArgumentParser, UsageError, atomic_write, mean, ms_ssim_db, run_main
 
 PUBLISHED = Path(__file__).parent / "published"
 DEFAULT_CURVES = ("mlic-plus-plus", "mambaic", "tcm-large", "elic", "cheng2020-anchor", "bpg")
@@ -280,7 +280,7 @@ def draw(
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m results.plot",
         description="Draw rate-distortion curves and print BD-rates of result JSON files. A curve "
         "is the path of a file or the name of one in results/published.",

@@ -111,18 +111,28 @@ def label_lines(
         )
 
 
-def save(figure: Figure, path: Path, dpi: int = 200) -> None:
-    """Write a figure in the format that the path's ending names, or leave the old file.
+def check_output(path: Path) -> str:
+    """The picture format that a path's ending names, if a picture can be written there.
 
     Raises:
         UsageError: the folder does not exist or the ending is not a picture format.
     """
     kind = path.suffix.lstrip(".").lower()
-    known = figure.canvas.get_supported_filetypes()
+    known = Figure().canvas.get_supported_filetypes()
     if kind not in known:
         raise UsageError(f"cannot draw {path}: its ending must be one of {', '.join(known)}")
     if not path.parent.is_dir():
         raise UsageError(f"cannot write {path}: folder {path.parent} does not exist; create it")
+    return kind
+
+
+def save(figure: Figure, path: Path, dpi: int = 200) -> None:
+    """Write a figure in the format that the path's ending names, or leave the old file.
+
+    Raises:
+        UsageError: see `check_output`.
+    """
+    kind = check_output(path)
     # Dates and versions in the file would make every run differ.
     metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     with atomic_write(path) as temporary:
