@@ -70,7 +70,8 @@ class Lanes(types.Type):
 class _LanesModel(models.PrimitiveModel):
     def __init__(self, manager, lanes):
         real = ir.FloatType() if lanes.real == types.float32 else ir.DoubleType()
-        super().__init__(manager, lanes, ir.VectorType(real, VECTOR_BYTES * 8 // lanes.real.bitwidth))
+        count = VECTOR_BYTES * 8 // lanes.real.bitwidth
+        super().__init__(manager, lanes, ir.VectorType(real, count))
 
 
 def _broadcast(builder, value, vector):
@@ -78,7 +79,8 @@ def _broadcast(builder, value, vector):
     if value.type == vector:
         return value
     first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, INDEX(0))
-    return builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(INDEX, vector.count), None))
+    firsts = ir.Constant(ir.VectorType(INDEX, vector.count), None)
+    return builder.shuffle_vector(first, first, firsts)
 
 
 def _lane_pointer(context, builder, array_type, array, index_type, index):
@@ -138,11 +140,11 @@ def _sum(typingctx, lanes):
         while value.type.count > 1:
             half = value.type.count // 2
             indices = ir.VectorType(INDEX, half)
-            low = ir.Constant(indices, list(range(half)))
-            high = ir.Constant(indices, list(range(half, 2 * half)))
-            value = builder.fadd(
-                builder.shuffle_vector(value, value, low), builder.shuffle_vector(value, value, high)
+            low, high = (
+                builder.shuffle_vector(value, value, ir.Constant(indices, list(half_lanes)))
+                for half_lanes in (range(half), range(half, 2 * half))
             )
+            value = builder.fadd(low, high)
         return builder.extract_element(value, INDEX(0))
 
     return lanes.real(lanes), codegen
@@ -307,7 +309,9 @@ def _pixel(direction, step, height, width):
 
 
 @_jit
-def _load_chunk(k, start, steps, height, width, x, x_dbl, first, size, rank, dstate, pixels, r, B, C, xs):
+def _load_chunk(
+    k, start, steps, height, width, x, x_dbl, first, size, rank, dstate, pixels, r, B, C, xs
+):
     """Read `steps` pixels from step `start` of direction k of one image.
 
     x (length, dim), x_dbl (length, 4, rank + 2 dstate). Filled are pixels (STEPS), r (STEPS,
@@ -344,7 +348,10 @@ def _prefetch_chunk(k, start, height, width, first, x_dbl, images):
 
 @_jit
 def _project(W, bias, r, z):
-    """z (STEPS, CHANNELS), delta before its softplus: W (ranks, CHANNELS) r (STEPS, ranks) + bias."""
+    """Set z (STEPS, CHANNELS), delta before its softplus, to W r + bias.
+
+    W (ranks, CHANNELS), r (STEPS, ranks), bias (CHANNELS).
+    """
     for c in range(0, CHANNELS, VECTOR_BYTES // z.itemsize):
         for t in range(0, STEPS, 4):
             z0 = z1 = z2 = z3 = _load(bias, (c,))
@@ -407,7 +414,6 @@ def _sweep_chunk(steps, A, delta, u, B, C, dy, h, g, du, ddelta, dA, dB, dC, wor
     added to; ddelta lacks a factor ln(2), because A has one of log2(e). dB and dC (STEPS, states)
     are set. work (4, 2 STEPS, CHANNELS) keeps a, h and the terms of dB and dC of two states.
     """
-    zero = dy.dtype.type(0)
     a_s, h_s, dB_s, dC_s = work[0], work[1], work[2], work[3]
     for n in range(0, A.shape[0], 2):
         for c in range(0, CHANNELS, VECTOR_BYTES // h.itemsize):
@@ -452,8 +458,9 @@ def _sweep_chunk(steps, A, delta, u, B, C, dy, h, g, du, ddelta, dA, dB, dC, wor
             _store(dA, (n, c), dA0)
             _store(dA, (n + 1, c), dA1)
         for t in range(steps):
-            dB[t, n], dB[t, n + 1] = _sum(_load(dB_s, (2 * t, 0))), _sum(_load(dB_s, (2 * t + 1, 0)))
-            dC[t, n], dC[t, n + 1] = _sum(_load(dC_s, (2 * t, 0))), _sum(_load(dC_s, (2 * t + 1, 0)))
+            for i in range(2):
+                dB[t, n + i] = _sum(_load(dB_s, (2 * t + i, 0)))
+                dC[t, n + i] = _sum(_load(dC_s, (2 * t + i, 0)))
 
 
 @_jit
@@ -489,7 +496,8 @@ def _sweep_projection(steps, W, r, dz, dr, dW, dbias):
                 s1 += d * _load(W, (i + 1, c))
                 s2 += d * _load(W, (i + 2, c))
                 s3 += d * _load(W, (i + 3, c))
-            dr[t, i], dr[t, i + 1], dr[t, i + 2], dr[t, i + 3] = _sum(s0), _sum(s1), _sum(s2), _sum(s3)
+            dr[t, i], dr[t, i + 1] = _sum(s0), _sum(s1)
+            dr[t, i + 2], dr[t, i + 3] = _sum(s2), _sum(s3)
 
 
 @_jit
@@ -515,8 +523,8 @@ def _forward_block(image, block, height, width, dstate, rank, x, x_dbl, W, bias,
         for start in range(0, length, STEPS):
             steps = min(STEPS, length - start)
             _load_chunk(
-                k, start, steps, height, width, x, x_dbl, first, size, rank, dstate,
-                pixels, r, B, C, xs,
+                k, start, steps, height, width, x, x_dbl, first, size, rank, dstate, pixels,
+                r, B, C, xs,
             )  # fmt: skip
             _project(W[k, block], bias[k, block], r, delta)
             for t in range(steps):
@@ -579,8 +587,8 @@ def _backward_block(
         chunk = i if forward else 2 * chunks - 1 - i
         steps = min(STEPS, length - chunk * STEPS)
         _load_chunk(
-            k, chunk * STEPS, steps, height, width, x, x_dbl, first, size, rank, dstate,
-            pixels, r, B, C, xs,
+            k, chunk * STEPS, steps, height, width, x, x_dbl, first, size, rank, dstate, pixels,
+            r, B, C, xs,
         )  # fmt: skip
         _project(W, bias, r, delta)
         for t in range(steps):
