@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from compressai.losses import RateDistortionLoss
+from compressai.models import CompressionModel
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -74,21 +75,24 @@ def build_model(args: argparse.Namespace, checkpoint: dict | None) -> tuple[str,
     return found["model"], model
 
 
-def recompute_blocks(model: nn.Module) -> None:
+def recompute_blocks(model: nn.Module, processes: Processes) -> None:
     """Have the blocks between the transforms' convolutions recomputed in the backward pass."""
+    options = {"use_reentrant": False}
+    if processes.world_size > 1:  # what is drawn again is to be what was drawn
+        options["context_fn"] = lambda: (nullcontext(), processes.global_draws())
     for name in TRANSFORMS:
         for block in getattr(model, name):
             if not isinstance(block, nn.Conv2d | nn.ConvTranspose2d):
-                block.forward = functools.partial(recompute, block.forward, use_reentrant=False)
+                block.forward = functools.partial(recompute, block.forward, **options)
 
 
 def state_dict_with_tables(model: nn.Module) -> dict[str, Tensor]:
-    """State dict with CDF tables, built on a copy so that training is not disturbed."""
-    coder = copy.deepcopy(model)
-    coder.update(force=True)
-    entropy_models = ("entropy_bottleneck.", "gaussian_conditional.")
-    tables = {k: v for k, v in coder.state_dict().items() if k.startswith(entropy_models)}
-    return {**model.state_dict(), **tables}
+    """State dict with CDF tables, built on copies so that training is not disturbed."""
+    coder = CompressionModel()
+    coder.entropy_bottleneck = copy.deepcopy(model.entropy_bottleneck)
+    coder.gaussian_conditional = copy.deepcopy(model.gaussian_conditional)
+    coder.update(force=True, update_quantiles=True)
+    return {**model.state_dict(), **coder.state_dict()}
 
 
 class Trainer:
@@ -151,10 +155,10 @@ class Trainer:
             self._restore(checkpoint)
 
         if args.grad_checkpoint:
-            recompute_blocks(model)
+            recompute_blocks(model, processes)
         if args.compile:
             for name in TRANSFORMS:
-                getattr(model, name).compile()
+                getattr(model, name).compile(dynamic=False)  # crops are all of one size
         self.net = processes.wrap(model)
         self.crops = Crops(train_pictures, tuple(args.patch_size), args.seed)
         self.test_pictures = TestPictures(
@@ -307,9 +311,9 @@ class Trainer:
     def _backward(self, x: Tensor, last: bool) -> Tensor:
         """Add a batch's gradients; return its loss, bpp and MSE: float32 (3,)."""
         wait = nullcontext if last or self.processes.world_size == 1 else self.net.no_sync
-        # Recomputed blocks draw again in the backward pass, so it is inside as well.
-        with wait(), self.processes.global_draws():
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.args.amp)):
+        amp = torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.args.amp))
+        with wait():
+            with amp, self.processes.global_draws():
                 output = self.net(x)
             output["x_hat"] = output["x_hat"].float()
             terms = self.criterion(output, x)
