@@ -20,6 +20,7 @@ WARPS x 32. A is kept times log2(e), because the hardware's exponential has base
 # ruff: noqa: RUF005, SIM108
 
 import copy
+import functools
 import math
 
 import torch
@@ -44,9 +45,12 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 # Programs per launch, a whole number of waves on the 132 multiprocessors of a Hopper GPU. They
 # are constants, not read from the device, so that the same input gives the same bits on any.
-FORWARD_PROGRAMS = 528
+FORWARD_PROGRAMS = 2112
 BACKWARD_PROGRAMS = 528
-MAX_WARPS = 4
+# Warps of a program and channels of a thread, where the number of channels is a multiple of both.
+FORWARD_WARPS, FORWARD_CHANNELS = 1, 2
+ADJOINT_WARPS, ADJOINT_CHANNELS = 4, 1
+SWEEP_WARPS = 1
 SHORTEST_CHUNK = 32
 # Positions of which the inputs are fetched together.
 FORWARD_GROUP = 4
@@ -885,33 +889,38 @@ def _dot(b_x, b_y):
         return tl.dot(b_x, b_y, input_precision="tf32x3")
 
 
-def _walk_options(x: Tensor, dt_projs_weight: Tensor, A_logs: Tensor) -> dict:
-    """The constants of kernels in which a thread owns all states of one channel."""
-    dim, dstate, rank = x.shape[-1], A_logs.shape[1], dt_projs_weight.shape[2]
-    num_warps = next((w for w in (4, 2) if w <= MAX_WARPS and dim % (32 * w) == 0), 1)
+def _warps(dim: int, most: int) -> int:
+    return next((w for w in (4, 2) if w <= most and dim % (32 * w) == 0), 1)
+
+
+@functools.lru_cache
+def _walk_options(dim, dstate, rank, dtype, most_warps, most_channels) -> dict:
+    """The constants of kernels in which a thread owns all states of its channels."""
+    per_thread = most_channels if dim % (32 * most_channels) == 0 else 1
+    num_warps = _warps(dim // per_thread, most_warps)
     by_state = by_channel = None
     if not INTERPRETED.value:
-        layout = gl.BlockedLayout([1, 1], [1, 32], [1, num_warps], [1, 0])
+        layout = gl.BlockedLayout([1, per_thread], [1, 32], [1, num_warps], [1, 0])
         by_state, by_channel = gl.SliceLayout(1, layout), gl.SliceLayout(0, layout)
     return {
         "DIM": dim,
         "DSTATE": dstate,
         "RANK": rank,
-        "CHANNELS": 32 * num_warps,
+        "CHANNELS": 32 * per_thread * num_warps,
         "PADDED_DSTATE": triton.next_power_of_2(dstate),
         "PADDED_RANK": triton.next_power_of_2(rank),
-        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "BY_STATE": by_state,
         "BY_CHANNEL": by_channel,
         "num_warps": num_warps,
     }
 
 
-def _sweep_options(x: Tensor, dt_projs_weight: Tensor, A_logs: Tensor) -> dict:
+@functools.lru_cache
+def _sweep_options(dim, dstate, rank, dtype, most_warps, substeps, steps) -> dict:
     """The constants of the kernel in which a thread owns a patch of states and channels."""
-    dim, dstate, rank = x.shape[-1], A_logs.shape[1], dt_projs_weight.shape[2]
     padded = max(2, triton.next_power_of_2(dstate))
-    num_warps = next((w for w in (4, 2) if w <= MAX_WARPS and dim % (32 * w) == 0), 1)
+    num_warps = _warps(dim, most_warps)
     layout = by_state = by_warp = by_lane = flat = shared = None
     if not INTERPRETED.value:
         lanes = min(4, padded)
@@ -928,9 +937,9 @@ def _sweep_options(x: Tensor, dt_projs_weight: Tensor, A_logs: Tensor) -> dict:
         "RANK": rank,
         "WARPS": num_warps,
         "PADDED_DSTATE": padded,
-        "SUBSTEPS": SUBCHUNK,
-        "STEPS": TILE,
-        "ACC": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "SUBSTEPS": substeps,
+        "STEPS": steps,
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "LAYOUT": layout,
         "BY_STATE": by_state,
         "BY_WARP": by_warp,
@@ -1000,7 +1009,8 @@ def scan_2d_forward(
     """
     batch, height, width, dim = x.shape
     dstate = A_logs.shape[1]
-    options = _walk_options(x, dt_projs_weight, A_logs)
+    rank = dt_projs_weight.shape[2]
+    options = _walk_options(dim, dstate, rank, x.dtype, FORWARD_WARPS, FORWARD_CHANNELS)
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     blocks = triton.cdiv(dim, options["CHANNELS"])
     chunk_size, num_chunks = _chunks(
@@ -1051,11 +1061,12 @@ def scan_2d_backward(
     batch, height, width, dim = x.shape
     length = height * width
     dstate, rank = A_logs.shape[1], dt_projs_weight.shape[2]
-    walk = _walk_options(x, dt_projs_weight, A_logs)
-    sweep = _sweep_options(x, dt_projs_weight, A_logs)
+    walk = _walk_options(dim, dstate, rank, x.dtype, ADJOINT_WARPS, ADJOINT_CHANNELS)
+    sweep = _sweep_options(dim, dstate, rank, x.dtype, SWEEP_WARPS, SUBCHUNK, TILE)
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     blocks = triton.cdiv(dim, walk["CHANNELS"])
     chunk_size, num_chunks = _chunks(length, blocks * batch, BACKWARD_PROGRAMS, SUBCHUNK)
+    sweep_blocks = triton.cdiv(dim, 32 * sweep["WARPS"])
     num_subchunks = chunk_size // SUBCHUNK
     pixels, channels = PROJECTION_PIXELS, PROJECTION_CHANNELS
     if accumulator == torch.float64:
@@ -1076,7 +1087,7 @@ def scan_2d_backward(
     inner_states = scratch[: math.prod(inner_shape)]
     dW_parts = scratch[: math.prod(dW_shape)].view(dW_shape)
     inner_sums = buffer(batch, num_chunks, num_subchunks, dim)
-    dBC_parts = buffer(blocks, batch * length, 2 * dstate)
+    dBC_parts = buffer(sweep_blocks, batch * length, 2 * dstate)
     dA_parts = buffer(batch * num_chunks, dstate, dim)
     dD_parts = buffer(batch * num_chunks, dim)
     dbias_parts = buffer(num_tiles, dim)
@@ -1099,7 +1110,7 @@ def scan_2d_backward(
             )  # fmt: skip
             _carry(A_logs, states, delta_sums, k, False, walk)
             _carry(A_logs, adjoints, delta_sums, k, True, walk)
-            _sweep_kernel[grid](
+            _sweep_kernel[(sweep_blocks, num_chunks, batch)](
                 dy, x, x_dbl, A_logs, Ds, delta, states, adjoints, inner_states, inner_sums,
                 dx_sum, dx, dBC_parts, dA_parts, *sizes, k, BEGINS=k == 0, ENDS=k == 3, **sweep,
             )  # fmt: skip
@@ -1121,7 +1132,7 @@ def scan_2d_backward(
                 PADDED_DSTATE=walk["PADDED_DSTATE"],
                 PADDED_RANK=max(16, walk["PADDED_RANK"]),
                 PIXELS=pixels,
-                NUM_PARTS=blocks,
+                NUM_PARTS=sweep_blocks,
                 ACC=walk["ACC"],
                 num_warps=4,
             )
