@@ -354,17 +354,19 @@ def _project(W, bias, r, z):
     """
     for c in range(0, CHANNELS, VECTOR_BYTES // z.itemsize):
         for t in range(0, STEPS, 4):
-            z0 = z1 = z2 = z3 = _load(bias, (c,))
-            for i in range(W.shape[0]):
+            w = _load(W, (0, c))
+            z0, z1, z2, z3 = w * r[t, 0], w * r[t + 1, 0], w * r[t + 2, 0], w * r[t + 3, 0]
+            for i in range(1, W.shape[0]):
                 w = _load(W, (i, c))
                 z0 += w * r[t, i]
                 z1 += w * r[t + 1, i]
                 z2 += w * r[t + 2, i]
                 z3 += w * r[t + 3, i]
-            _store(z, (t, c), z0)
-            _store(z, (t + 1, c), z1)
-            _store(z, (t + 2, c), z2)
-            _store(z, (t + 3, c), z3)
+            b = _load(bias, (c,))
+            _store(z, (t, c), z0 + b)
+            _store(z, (t + 1, c), z1 + b)
+            _store(z, (t + 2, c), z2 + b)
+            _store(z, (t + 3, c), z3 + b)
 
 
 @_jit
@@ -672,7 +674,7 @@ def _split(parameter: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _join(blocks: Tensor, dim: int, size: int) -> Tensor:
     """The inverse of `_split`."""
-    return blocks.transpose(2, 3).flatten(1, 2)[:, :dim, :size]
+    return blocks.transpose(2, 3).flatten(1, 2)[:, :dim, :size].contiguous()
 
 
 class _Problem:
@@ -754,7 +756,7 @@ def scan_2d_backward(
         dx.to(x.dtype),
         dx_dbl.to(x.dtype),
         _join(dW.sum(0), dim, problem.rank).to(dt_projs_weight.dtype),
-        dbias.sum(0).flatten(1)[:, :dim].to(dt_projs_bias.dtype),
+        dbias.sum(0).flatten(1)[:, :dim].contiguous().to(dt_projs_bias.dtype),
         dA.reshape(A_logs.shape).to(A_logs.dtype),
         dD.sum(0).flatten(1)[:, :dim].reshape(-1).to(Ds.dtype),
     )

@@ -18,7 +18,12 @@ def scan_2d(
     Ds: Tensor,
 ) -> Tensor:
     """`kernels.reference.scan_2d` for CUDA tensors of 32 or 16 bits."""
-    batch, height, width, dim = x.shape
+    with torch.autocast(x.device.type, enabled=False):  # the extension wants one dtype throughout
+        return _scan_2d(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds)
+
+
+def _scan_2d(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds):
+    height, width, dim = x.shape[1:]
     dt_rank, dstate = dt_projs_weight.shape[2], A_logs.shape[1]
     u = _in_scan_order(x.permute(0, 3, 1, 2).unsqueeze(1).expand(-1, 4, -1, -1, -1))
     rbc = _in_scan_order(x_dbl.permute(0, 3, 4, 1, 2))  # (batch, 4, rank + 2 dstate, L)

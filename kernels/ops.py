@@ -35,7 +35,7 @@ def _(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds):
 
 @scan_2d.register_fake
 def _(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds):
-    return torch.empty_like(x)
+    return _empty(x)
 
 
 @torch.library.custom_op("mambavc::scan_2d_backward", mutates_args=(), device_types="cpu")
@@ -62,7 +62,11 @@ def _(dy, x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds):
 
 @scan_2d_backward.register_fake
 def _(dy, *inputs):
-    return tuple(torch.empty_like(value) for value in inputs)
+    return tuple(_empty(value) for value in inputs)
+
+
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _save_inputs(ctx, inputs, output) -> None:

@@ -51,6 +51,11 @@ def scan_2d(
         with gradients is about three float tensors of 4 * x.numel() * dstate: for tests and small
         maps.
     """
+    with torch.autocast(x.device.type, enabled=False):
+        return _scan_2d(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds)
+
+
+def _scan_2d(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds):
     batch, height, width, dim = x.shape
     dt_rank = dt_projs_weight.shape[2]
     dstate = A_logs.shape[1]
