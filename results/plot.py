@@ -3,7 +3,7 @@
 ::
 
     python -m results.plot
-    python -m results.plot vtm-18.0 tcm-large --ours runs/mambavc.json --output rd.png
+    python -m results.plot vtm-18.0 tcm-large --ours low.json,high.json --output rd.png
 """
 
 import argparse
@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from scipy.interpolate import PchipInterpolator
 
 from results import style
-from utils import ArgumentParser, UsageError, atomic_write, mean, ms_ssim_db, run_main
+from utils import ArgumentParser, UsageError, atomic_write, ms_ssim_db, run_main
 
 PUBLISHED = Path(__file__).parent / "published"
 DEFAULT_CURVES = ("mlic-plus-plus", "mambaic", "tcm-large", "elic", "cheng2020-anchor", "bpg")
@@ -52,11 +52,30 @@ class Curve:
 
 
 def load_curve(source: str) -> Curve:
-    """Read a result file, given by its path or by its name among the published ones.
+    """Read a curve from result files.
+
+    Args:
+        source: path of a file, or its name among the published ones; several, with commas between
+            them, are joined to one curve (one file per rate, as eval.py writes them), which has
+            the name of the first and what all of them measured.
 
     Raises:
-        UsageError: there is no such file, or it does not hold a rate-distortion curve.
+        UsageError: there is no such file, or it does not hold rate-distortion points.
     """
+    names, tables = zip(*map(_load_points, source.split(",")), strict=True)
+    columns = set.intersection(*(set(table) for table in tables))
+    points = {key: np.concatenate([table[key] for table in tables]) for key in columns}
+    order = np.argsort(points["bpp"])
+    return Curve(
+        names[0],
+        points["bpp"][order],
+        {metric: points[metric][order] for metric in QUALITY if metric in columns},
+        {panel: float(points[key].mean()) for panel, key in TIMES.items() if key in columns},
+    )
+
+
+def _load_points(source: str) -> tuple[str, dict[str, np.ndarray]]:
+    """Name and columns of one file: bpp, the metrics in dB, and seconds where they are known."""
     path = Path(source)
     if not path.is_file():
         path = PUBLISHED / f"{source}.json"
@@ -65,23 +84,22 @@ def load_curve(source: str) -> Curve:
         raise UsageError(f"{source} is neither a file nor one of the published curves: {known}")
     try:
         data = json.loads(path.read_text())
-        name, results = data["name"], data["results"]
-        bpp = np.array(results["bpp"], dtype=float)
-        columns = {"psnr": np.array(results["psnr-rgb"], dtype=float)}
-        ms_ssim = results.get("ms-ssim-rgb", [])
-        if ms_ssim and None not in ms_ssim:
-            columns["ms-ssim"] = np.array([ms_ssim_db(value) for value in ms_ssim])
-        seconds = {p: mean(results[key]) for p, key in TIMES.items() if results.get(key)}
+        name, results = str(data["name"]), data["results"]
+        columns = {"bpp": results["bpp"], "psnr": results["psnr-rgb"]}
+        ms_ssim = results.get("ms-ssim-rgb") or [None]
+        if None not in ms_ssim:
+            columns["ms-ssim"] = [ms_ssim_db(value) for value in ms_ssim]
+        columns |= {key: results[key] for key in TIMES.values() if results.get(key)}
+        points = {key: np.array(values, dtype=float) for key, values in columns.items()}
+        sizes = {values.shape for values in points.values()}
+        if len(sizes) > 1 or not points["bpp"].size or points["bpp"].min() <= 0:
+            raise ValueError("lists of different lengths, no points, or a bpp of 0 or less")
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"{path} does not hold a curve ({error!r}); expected "
+            f"{path} does not hold rate-distortion points ({error!r}); expected "
             '{"name": ..., "results": {"bpp": [...], "psnr-rgb": [...]}}'
         ) from None
-    sizes = {len(bpp), *(len(column) for column in columns.values())}
-    if len(sizes) > 1 or not len(bpp) or bpp.min() <= 0:
-        raise UsageError(f"{path}: expected lists of one length, with every bpp above 0")
-    order = np.argsort(bpp)
-    return Curve(name, bpp[order], {k: v[order] for k, v in columns.items()}, seconds)
+    return name, points
 
 
 def bd_rate(anchor: Curve, curve: Curve, metric: str = "psnr", method: str = "pchip") -> float:
@@ -283,7 +301,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="python -m results.plot",
         description="Draw rate-distortion curves and print BD-rates of result JSON files. A curve "
-        "is the path of a file or the name of one in results/published.",
+        "is the path of a file, the name of one in results/published, or several paths with commas "
+        "between them, which are joined.",
     )
     parser.add_argument("curves", nargs="*", default=list(DEFAULT_CURVES), metavar="CURVE")
     parser.add_argument(

@@ -114,9 +114,9 @@ def draw(content: dict, output: Path) -> None:
     """Draw what a complexity file holds into a picture file.
 
     Args:
-        content: as complexity.py writes it: ``device``, ``batch_size``, and ``rows`` with model, height, width, macs, parts and
-            measured. Quantities that no row has get no panel, and the bars by part are drawn for
-            512x768 rows.
+        content: as complexity.py writes it: ``device``, ``batch_size``, and ``rows`` with model,
+            height, width, macs, parts and measured. Quantities that no row has get no panel, and
+            the bars by part are drawn for 512x768 rows.
 
     Raises:
         UsageError: there is nothing to draw.
