@@ -1,0 +1,316 @@
+"""BD-rates against published values, the figures, and what the scripts refuse."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import models
+from results import architecture, plot, receptive_field, scaling, style, visual
+from results.plot import PUBLISHED, Curve, bd_rate, load_curve
+from utils import UsageError
+
+TINY = {
+    "N": 8,
+    "M": 20,
+    "depths": (1, 1, 1, 1),
+    "Z": 8,
+    "context_width": 16,
+    "transform_width": 16,
+}
+
+
+def curve(bpp, psnr, name="c"):
+    return Curve(name, np.array(bpp, float), {"psnr": np.array(psnr, float)}, {})
+
+
+def write_result(path, bpp, **columns):
+    results = {"bpp": bpp, "psnr-rgb": [30 + 5 * b for b in bpp], **columns}
+    path.write_text(json.dumps({"name": path.stem, "description": "", "results": results}))
+    return str(path)
+
+
+def picture_size(path):
+    with Image.open(path) as image:
+        assert len(image.convert("RGB").getcolors(2**24)) > 10, "the picture is empty"
+        return image.size
+
+
+# BD-rates
+
+
+@pytest.mark.parametrize(
+    ("name", "percent"),
+    [("tcm-large", -11.73), ("elic", -7.02), ("mambavc", -9.68)],
+)
+def test_bd_rates_are_the_published_ones(name, percent):
+    """Anchor VTM, PCHIP; -11.73 % and -7.02 % are what others report for these points."""
+    assert bd_rate(load_curve("vtm"), load_curve(name)) == pytest.approx(percent, abs=0.005)
+
+
+def test_akima_agrees_with_pchip():
+    """Both interpolate the same points; on smooth curves they differ by little."""
+    vtm, tcm = load_curve("vtm"), load_curve("tcm-large")
+    assert bd_rate(vtm, tcm, method="akima") == pytest.approx(bd_rate(vtm, tcm), abs=0.1)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25])
+def test_bd_rate_of_a_scaled_curve_is_the_scale(factor):
+    anchor = curve([0.1, 0.2, 0.4, 0.8], [28, 31, 34, 37])
+    scaled = curve(anchor.bpp * factor, anchor.quality["psnr"])
+    assert bd_rate(anchor, scaled) == pytest.approx(100 * (factor - 1), abs=1e-6)
+
+
+def test_bd_rate_that_does_not_exist_is_nan():
+    anchor = curve([0.1, 0.2], [28, 31])
+    assert math.isnan(bd_rate(anchor, curve([0.1, 0.2], [40, 42])))
+    assert math.isnan(bd_rate(anchor, curve([0.1], [29])))
+    assert math.isnan(bd_rate(anchor, curve([0.1, 0.2], [30, 29])))
+    assert math.isnan(bd_rate(anchor, anchor, metric="ms-ssim"))
+
+
+def test_table_lists_every_curve_best_first(capsys, tmp_path):
+    file = tmp_path / "bd.json"
+    plot.main(["bpg", "elic", "--ours", "mambavc", "--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["name"] for row in rows] == ["MambaVC (paper)", "ELIC", "BPG 4:4:4"]
+    assert rows[1]["ms-ssim"] is None
+    assert rows[1]["psnr_interval"] == pytest.approx([29.113, 37.624])
+    printed = capsys.readouterr().out
+    assert "| ELIC | -7.02 % | 29.1 to 37.6 dB |  |" in printed
+
+
+# Result files
+
+
+@pytest.mark.parametrize("path", sorted(PUBLISHED.glob("*.json")), ids=lambda path: path.stem)
+def test_published_points_rise_and_name_their_source(path):
+    data = json.loads(path.read_text())
+    assert data["source"] and data["uncertainty"]
+    points = load_curve(path.stem)
+    assert (np.diff(points.bpp) > 0).all()
+    assert all((np.diff(values) > 0).all() for values in points.quality.values())
+
+
+def test_files_of_one_rate_each_join_to_a_curve(tmp_path):
+    low = write_result(tmp_path / "low.json", [0.2], encode_time=[1.0], decode_time=[2.0])
+    high = write_result(tmp_path / "high.json", [0.4], encode_time=[3.0])
+    joined = load_curve(f"{high},{low}")
+    assert joined.name == "high"
+    assert joined.bpp.tolist() == [0.2, 0.4]
+    assert joined.quality["psnr"].tolist() == [31.0, 32.0]
+    assert joined.seconds == {"encode-time": 2.0}
+
+
+def test_ms_ssim_is_compared_in_db(tmp_path):
+    points = load_curve(
+        write_result(tmp_path / "a.json", [0.2, 0.4], **{"ms-ssim-rgb": [0.9, 0.99]})
+    )
+    assert points.quality["ms-ssim"].tolist() == pytest.approx([10, 20])
+    without = write_result(tmp_path / "b.json", [0.2, 0.4], **{"ms-ssim-rgb": [0.9, None]})
+    assert "ms-ssim" not in load_curve(without).quality
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"name": "x", "results": {"bpp": [0.1], "psnr-rgb": [30, 31]}}',
+     '{"name": "x", "results": {"bpp": [0], "psnr-rgb": [30]}}',
+     '{"name": "x", "results": {"bpp": [], "psnr-rgb": []}}',
+     '{"name": "x", "results": {"bpp": ["a"], "psnr-rgb": [30]}}'],
+)  # fmt: skip
+def test_a_file_that_is_no_result_is_refused(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=r"x\.json does not hold"):
+        load_curve(str(path))
+
+
+def test_an_unknown_curve_is_refused_with_the_known_names():
+    with pytest.raises(UsageError, match="tcm-large"):
+        load_curve("vvc")
+
+
+# Figures
+
+
+@pytest.mark.parametrize("panel", plot.PANELS)
+def test_every_panel_is_drawn(tmp_path, panel):
+    times = {"encode_time": [0.5, 0.6], "decode_time": [0.7, 0.8]}
+    ours = write_result(
+        tmp_path / "ours.json", [0.3, 0.6], **{"ms-ssim-rgb": [0.95, 0.98]}, **times
+    )
+    output = tmp_path / "rd.png"
+    plot.main(["elic", "--ours", ours, "--panels", panel, "--output", str(output)])
+    assert picture_size(output) == (1000, 800)
+
+
+def test_a_panel_without_data_is_refused(tmp_path):
+    output = tmp_path / "rd.png"
+    with pytest.raises(UsageError, match="decode-time"):
+        plot.main(["elic", "--panels", "decode-time", "--output", str(output)])
+    assert not output.exists()
+
+
+def test_a_failed_drawing_keeps_the_old_file(tmp_path, monkeypatch):
+    output = tmp_path / "rd.png"
+    output.write_bytes(b"old")
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", fail)
+    with pytest.raises(OSError, match="disk full"):
+        plot.main(["elic", "--output", str(output)])
+    assert output.read_bytes() == b"old"
+
+
+def test_the_same_data_gives_the_same_file(tmp_path):
+    files = [tmp_path / "a.png", tmp_path / "b.png"]
+    for file in files:
+        architecture.main(["--output", str(file)])
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert picture_size(files[0]) == (2300, 1520)
+
+
+@given(st.lists(st.floats(-10, 10), max_size=12), st.floats(0.01, 3))
+def test_labels_are_spread_in_order(positions, gap):
+    moved = style.spread(positions, gap)
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    steps = np.diff([moved[i] for i in order])
+    assert (steps >= gap * (1 - 1e-9)).all()
+    wanted = np.diff(sorted(positions))
+    if (wanted >= gap).all():
+        assert moved == positions
+
+
+def test_measured_quantities_get_a_panel_each(tmp_path):
+    part = {"parameters": 1, "macs": 10**9, "flops": 2 * 10**9}
+    measured = {
+        "forward": {"seconds": 0.1, "seconds_20": 0.1, "seconds_80": 0.1, "peak_bytes": 2**30}
+    }
+    rows = [
+        {
+            "model": model, "height": height, "width": width, **part, "macs": height * width,
+            "parts": dict.fromkeys(["g_a", "g_s", "h_a", "h_s", "context", "other"], part),
+            "measured": measured if height == 512 else {"forward": None},
+        }
+        for model in ("mambavc", "convvc") for height, width in ((512, 768), (1024, 1024))
+    ]  # fmt: skip
+    file, output = tmp_path / "c.json", tmp_path / "c.png"
+    file.write_text(json.dumps({"device": "a GPU", "batch_size": 1, "rows": rows}))
+    scaling.main([str(file), "--output", str(output)])
+    # Bars, MACs, memory and time of the forward pass: two rows of two panels of 920x700.
+    assert picture_size(output) == (1840, 1400)
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", '{"rows": [{"model": "x"}]}'])
+def test_a_file_that_is_no_complexity_is_refused(tmp_path, content):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UsageError, match=r"x\.json is not a file"):
+        scaling.main([str(path), "--output", str(tmp_path / "x.png")])
+
+
+# Receptive fields
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    model = models.build_model("convvc", **TINY)
+    model.update()
+    path = tmp_path_factory.mktemp("checkpoint") / "convvc.pth.tar"
+    torch.save(
+        {"model": "convvc", "model_args": model.config, "state_dict": model.state_dict()}, path
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    rows, columns = np.mgrid[:160, :192]
+    waves = np.stack([rows, columns, rows + columns], axis=-1)
+    for i in range(2):
+        samples = 127 + 90 * np.sin(waves / (7 + 4 * i)) + 30 * np.cos(waves[..., ::-1] / 3)
+        Image.fromarray(samples.clip(0, 255).astype(np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_receptive_field_of_convolutions_ends_where_they_end():
+    """g_a of one block a stage: 5x5 at 1, then per stage two 3x3 in the block and a 3x3 onwards."""
+    model = models.build_model("convvc", **TINY).eval()
+    field = receptive_field.gradient(model, torch.rand(1, 3, 256, 256), "y")
+    reach = 2 + 2 * (1 + 1 + 1) + 4 * (1 + 1 + 1) + 8 * (1 + 1 + 1)
+    rows = field.sum(1).nonzero().flatten()
+    assert (rows.min().item(), rows.max().item()) == (128 - reach, 128 + reach)
+    assert (field >= 0).all()
+
+
+def test_sides_hold_their_share():
+    values = np.zeros((65, 65))
+    values[32, 32] = 0.6
+    values[22:43, 22:43] += 0.4 / 21**2
+    assert receptive_field.sides(values) == {0.5: 1, 0.9: 19, 0.99: 21}
+
+
+def test_receptive_fields_are_drawn(tmp_path, checkpoint, pictures, capsys):
+    output, file = tmp_path / "erf.png", tmp_path / "erf.json"
+    receptive_field.main(
+        [str(checkpoint), "--data", str(pictures), "--size", "128",
+         "--output", str(output), "--json", str(file)]
+    )  # fmt: skip
+    assert picture_size(output)[0] > 300
+    sides = json.loads(file.read_text())["sides"]["convvc"]
+    assert 0 < sides["0.5"] <= sides["0.9"] <= sides["0.99"] <= 128
+    assert f"99% within {sides['0.99']} px" in capsys.readouterr().out
+
+
+def test_receptive_field_needs_large_enough_pictures(tmp_path, checkpoint, pictures):
+    arguments = [str(checkpoint), "--data", str(pictures), "--output", str(tmp_path / "x.png")]
+    with pytest.raises(UsageError, match="smaller than --size 192"):
+        receptive_field.main([*arguments, "--size", "192"])
+    with pytest.raises(UsageError, match="multiple of 64"):
+        receptive_field.main([*arguments, "--size", "100"])
+
+
+# Visual comparison
+
+
+@pytest.mark.parametrize("name", visual.FORMATS)
+def test_quality_is_the_best_that_fits(pictures, name):
+    image = Image.open(pictures / "0.png")
+    options = visual.FORMATS[name]
+    sizes = [len(visual.encode_pillow(image, q, **options)) for q in visual.QUALITIES]
+    budget = sizes[40] + 1
+    data = visual.at_size(image, budget, **options)
+    assert len(data) <= budget
+    assert Image.open(io.BytesIO(data)).format == options["format"]
+    assert len(data) in sizes[40:]
+    assert visual.at_size(image, 1, **options) == visual.encode_pillow(image, 1, **options)
+
+
+def test_comparison_is_drawn(tmp_path, checkpoint, pictures, capsys):
+    output = tmp_path / "visual.png"
+    visual.main(
+        ["--checkpoint", str(checkpoint), "--image", str(pictures / "0.png"),
+         "--detail", "10", "20", "64", "--output", str(output)]
+    )  # fmt: skip
+    assert picture_size(output)[0] > 1000
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed] == ["Original", "CNN variant", "WebP", "JPEG"]
+
+
+def test_a_detail_outside_the_picture_is_refused(tmp_path, checkpoint, pictures):
+    with pytest.raises(UsageError, match="192x160"):
+        visual.main(
+            ["--checkpoint", str(checkpoint), "--image", str(pictures / "0.png"),
+             "--detail", "150", "0", "64", "--output", str(tmp_path / "v.png")]
+        )  # fmt: skip
