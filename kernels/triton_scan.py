@@ -30,6 +30,9 @@ from torch import Tensor
 from triton import knobs
 
 if knobs.runtime.interpret:
+    import numpy as np
+    from triton.runtime.interpreter import TensorHandle
+
     gl = tl
     jit = triton.jit
 else:
@@ -72,18 +75,25 @@ class _SharedMemory:
     """Stands in for shared memory in kernels that run as Python."""
 
     def __init__(self, dtype, shape, layout):
-        self.blocks = [None] * shape[0]
+        self.dtype = dtype
+        self.array = np.full(shape, np.nan, np.float64 if dtype == tl.float64 else np.float32)
 
     def index(self, i):
         view = copy.copy(self)
-        view.i = int(i.handle.data.item()) if isinstance(i, tl.tensor) else i
+        view.array = self.array[int(i.handle.data.item()) if isinstance(i, tl.tensor) else i]
+        return view
+
+    def slice(self, start, length, dim):
+        view = copy.copy(self)
+        view.array = self.array[(slice(None),) * dim + (slice(start, start + length),)]
         return view
 
     def store(self, value):
-        self.blocks[self.i] = value
+        self.array[...] = value.handle.data
 
     def load(self, layout):
-        return self.blocks[self.i]
+        handle = TensorHandle(self.array.copy(), self.dtype)
+        return tl.tensor(handle, tl.block_type(self.dtype, list(self.array.shape)))
 
 
 if not INTERPRETED.value:
@@ -181,6 +191,47 @@ def _next_pixel(pixel, left, line, step, jump):
 
 
 @jit
+def _next_group(pixel, left, line, step, jump, num_left, STEPS: tl.constexpr):
+    """The pixels of STEPS positions, 0 from the num_left-th on, and where the order goes on."""
+    o_pixels = ()
+    for t in gl.static_range(STEPS):
+        o_pixels = o_pixels + (gl.where(t < num_left, pixel, 0).to(gl.int64),)
+        pixel, left = _next_pixel(pixel, left, line, step, jump)
+    return o_pixels, pixel, left
+
+
+@jit
+def _fetch_rows(
+    p_rows, o_pixels, SIZE: tl.constexpr, PADDED: tl.constexpr, ROW: tl.constexpr,
+    STEPS: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """SIZE numbers that all channels share, at each pixel: [PADDED, STEPS], spread over lanes."""
+    if INTERPRETED:
+        o_t = gl.arange(0, STEPS)
+        o_i = gl.arange(0, PADDED)
+    else:
+        o_t = gl.arange(0, STEPS, layout=gl.SliceLayout(0, LAYOUT))
+        o_i = gl.arange(0, PADDED, layout=gl.SliceLayout(1, LAYOUT))
+    o_pixel = _zeros_like(o_t).to(gl.int64)
+    for t in gl.static_range(STEPS):
+        o_pixel = gl.where(o_t == t, o_pixels[t], o_pixel)
+    p_row = p_rows + o_pixel[None, :] * (4 * ROW) + o_i[:, None]
+    if SIZE == PADDED:
+        return gl.load(p_row).to(ACC)
+    else:
+        return gl.load(p_row, mask=(o_i < SIZE)[:, None] & (o_t >= 0)[None, :], other=0.0).to(ACC)
+
+
+@jit
+def _fetch_channels(p_channels, o_pixels, m_c, DIM: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr):
+    b_xs = ()
+    for t in gl.static_range(STEPS):
+        b_x = gl.load(p_channels + o_pixels[t] * DIM, mask=m_c, other=0.0)
+        b_xs = b_xs + (b_x.to(ACC),)
+    return b_xs
+
+
+@jit
 def _load_row(p_row, o_row, SIZE: tl.constexpr, ACC: tl.constexpr):
     """SIZE numbers that all channels share, zero up to the padded size."""
     if o_row.shape[0] == SIZE:
@@ -211,9 +262,8 @@ def _load_direction(
 
 
 @jit
-def _delta(p_row, b_W, b_bias, o_r, RANK: tl.constexpr, ACC: tl.constexpr):
-    b_r = _load_row(p_row, o_r, RANK, ACC)
-    return _softplus(b_bias + gl.sum(b_W * b_r[:, None], axis=0))
+def _delta(b_r, b_W, b_bias):
+    return _softplus(b_bias + gl.sum(b_W * b_r, axis=0))
 
 
 @jit(do_not_specialize=SIZES)
@@ -237,8 +287,12 @@ def _chunk_state_kernel(
     PADDED_RANK: tl.constexpr,
     STEPS: tl.constexpr,
     ACC: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BY_STATE: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
+    FETCH_R: tl.constexpr,
+    FETCH_N: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """The state that each chunk but the last adds, and its sum of delta."""
     NUM_BLOCKS: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
@@ -262,36 +316,37 @@ def _chunk_state_kernel(
     b_W, b_bias, b_A = _load_direction(
         dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r, DIM, DSTATE, RANK, ACC
     )
-    p_x = x + i_b * length * DIM
-    p_rows = x_dbl + i_b * length * (4 * ROW) + k * ROW
+    p_x = x + i_b * length * DIM + o_c
+    p_r = x_dbl + i_b * length * (4 * ROW) + k * ROW
+    p_B = p_r + RANK
+    rs = _SharedMemory(ACC, [PADDED_RANK, STEPS], SHARED)
+    Bs = _SharedMemory(ACC, [PADDED_DSTATE, STEPS], SHARED)
 
     b_h = _zeros_like(b_A)  # [N, CH]
     b_sum = _zeros_like(b_bias)  # [CH]
     pixel, left, line, step, jump = _first_pixel(start, k, height, width)
-    for _ in range(count // STEPS):
-        b_xs = ()
-        p_steps = ()
-        for _t in gl.static_range(STEPS):
-            o_pixel = pixel.to(gl.int64)
-            b_xs = b_xs + (_load_channels(p_x + o_pixel * DIM + o_c, m_c, ACC),)
-            p_steps = p_steps + (p_rows + o_pixel * (4 * ROW),)
-            pixel, left = _next_pixel(pixel, left, line, step, jump)
+    o_pixels, pixel, left = _next_group(pixel, left, line, step, jump, count, STEPS)
+    b_rs = _fetch_rows(p_r, o_pixels, RANK, PADDED_RANK, ROW, STEPS, ACC, FETCH_R)
+    b_Bs = _fetch_rows(p_B, o_pixels, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+    b_xs = _fetch_channels(p_x, o_pixels, m_c, DIM, STEPS, ACC)
+    for i in range(0, count, STEPS):
+        rs.store(b_rs)
+        Bs.store(b_Bs)
+        o_pixels, pixel, left = _next_group(
+            pixel, left, line, step, jump, count - i - STEPS, STEPS
+        )
+        b_rs = _fetch_rows(p_r, o_pixels, RANK, PADDED_RANK, ROW, STEPS, ACC, FETCH_R)
+        b_Bs = _fetch_rows(p_B, o_pixels, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+        b_next_xs = _fetch_channels(p_x, o_pixels, m_c, DIM, STEPS, ACC)
         for t in gl.static_range(STEPS):
-            b_delta = _delta(p_steps[t], b_W, b_bias, o_r, RANK, ACC)
-            b_B = _load_row(p_steps[t] + RANK, o_n, DSTATE, ACC)
+            b_delta = _delta(rs.slice(t, 1, 1).load(LAYOUT), b_W, b_bias)
+            # With a delta of zero, positions past the end leave the state alone.
+            b_delta = gl.where(i + t < count, b_delta, 0.0)
+            b_B = Bs.slice(t, 1, 1).load(LAYOUT)
             b_a = _exp2(b_A * b_delta[None, :])
-            b_h = b_a * b_h + b_B[:, None] * (b_delta * b_xs[t])[None, :]
+            b_h = b_a * b_h + b_B * (b_delta * b_xs[t])[None, :]
             b_sum += b_delta
-    for _ in range(count % STEPS):
-        o_pixel = pixel.to(gl.int64)
-        b_x = _load_channels(p_x + o_pixel * DIM + o_c, m_c, ACC)
-        p_row = p_rows + o_pixel * (4 * ROW)
-        b_delta = _delta(p_row, b_W, b_bias, o_r, RANK, ACC)
-        b_B = _load_row(p_row + RANK, o_n, DSTATE, ACC)
-        b_a = _exp2(b_A * b_delta[None, :])
-        b_h = b_a * b_h + b_B[:, None] * (b_delta * b_x)[None, :]
-        b_sum += b_delta
-        pixel, left = _next_pixel(pixel, left, line, step, jump)
+        b_xs = b_next_xs
 
     i_slot = (i_b * 4 + k) * num_chunks + i_chunk
     gl.store(delta_sums + i_slot * DIM + o_c, b_sum, mask=m_c)
@@ -352,24 +407,12 @@ def _carry_kernel(
 
 
 @jit
-def _output_step(
-    b_h, b_x, p_row, b_W, b_bias, b_A, o_r, o_n,
-    DSTATE: tl.constexpr, RANK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    b_delta = _delta(p_row, b_W, b_bias, o_r, RANK, ACC)
-    b_B = _load_row(p_row + RANK, o_n, DSTATE, ACC)
-    b_C = _load_row(p_row + RANK + DSTATE, o_n, DSTATE, ACC)
-    b_a = _exp2(b_A * b_delta[None, :])
-    b_h = b_a * b_h + b_B[:, None] * (b_delta * b_x)[None, :]
-    return b_h, gl.sum(b_C[:, None] * b_h, axis=0)
-
-
-@jit
 def _walk_chunk(
     x, x_dbl, y_sum, y, b_h, b_W, b_bias, b_A, b_D, o_image, start, count, k,
-    height, width, o_c, o_n, o_r,
-    DIM: tl.constexpr, DSTATE: tl.constexpr, RANK: tl.constexpr, STEPS: tl.constexpr,
-    BEGINS: tl.constexpr, ACC: tl.constexpr,
+    height, width, o_c, rs, Bs, Cs,
+    DIM: tl.constexpr, DSTATE: tl.constexpr, RANK: tl.constexpr, PADDED_DSTATE: tl.constexpr,
+    PADDED_RANK: tl.constexpr, STEPS: tl.constexpr, BEGINS: tl.constexpr, ACC: tl.constexpr,
+    LAYOUT: tl.constexpr, FETCH_R: tl.constexpr, FETCH_N: tl.constexpr,
 ):  # fmt: skip
     """Write y_sum plus the outputs of direction k to y, for `count` positions from `start`."""
     ROW: tl.constexpr = RANK + 2 * DSTATE
@@ -377,41 +420,46 @@ def _walk_chunk(
     p_x = x + o_image * DIM + o_c
     p_sum = y_sum + o_image * DIM + o_c
     p_y = y + o_image * DIM + o_c
-    p_rows = x_dbl + o_image * (4 * ROW) + k * ROW
+    p_r = x_dbl + o_image * (4 * ROW) + k * ROW
+    p_B = p_r + RANK
+    p_C = p_B + DSTATE
     pixel, left, line, step, jump = _first_pixel(start, k, height, width)
-    for _ in range(count // STEPS):
-        b_xs = ()
-        b_ys = ()
-        o_pixels = ()
-        for _t in gl.static_range(STEPS):
-            o_pixel = pixel.to(gl.int64)
-            b_x = _load_channels(p_x + o_pixel * DIM, m_c, ACC)
-            b_xs = b_xs + (b_x,)
-            if BEGINS:
-                b_ys = b_ys + (b_D * b_x,)
-            else:
-                b_ys = b_ys + (_load_channels(p_sum + o_pixel * DIM, m_c, ACC),)
-            o_pixels = o_pixels + (o_pixel,)
-            pixel, left = _next_pixel(pixel, left, line, step, jump)
+    o_pixels, pixel, left = _next_group(pixel, left, line, step, jump, count, STEPS)
+    b_rs = _fetch_rows(p_r, o_pixels, RANK, PADDED_RANK, ROW, STEPS, ACC, FETCH_R)
+    b_Bs = _fetch_rows(p_B, o_pixels, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+    b_Cs = _fetch_rows(p_C, o_pixels, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+    b_xs = _fetch_channels(p_x, o_pixels, m_c, DIM, STEPS, ACC)
+    b_ys = b_xs
+    if not BEGINS:
+        b_ys = _fetch_channels(p_sum, o_pixels, m_c, DIM, STEPS, ACC)
+    for i in range(0, count, STEPS):
+        rs.store(b_rs)
+        Bs.store(b_Bs)
+        Cs.store(b_Cs)
+        o_nexts, pixel, left = _next_group(pixel, left, line, step, jump, count - i - STEPS, STEPS)
+        b_rs = _fetch_rows(p_r, o_nexts, RANK, PADDED_RANK, ROW, STEPS, ACC, FETCH_R)
+        b_Bs = _fetch_rows(p_B, o_nexts, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+        b_Cs = _fetch_rows(p_C, o_nexts, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+        b_next_xs = _fetch_channels(p_x, o_nexts, m_c, DIM, STEPS, ACC)
+        b_next_ys = b_next_xs
+        if not BEGINS:
+            b_next_ys = _fetch_channels(p_sum, o_nexts, m_c, DIM, STEPS, ACC)
         for t in gl.static_range(STEPS):
-            b_h, b_y = _output_step(
-                b_h, b_xs[t], p_rows + o_pixels[t] * (4 * ROW), b_W, b_bias, b_A, o_r, o_n,
-                DSTATE, RANK, ACC,
-            )  # fmt: skip
-            b_y = (b_ys[t] + b_y).to(y.dtype.element_ty)
-            gl.store(p_y + o_pixels[t] * DIM, b_y, mask=m_c)
-    for _ in range(count % STEPS):
-        o_pixel = pixel.to(gl.int64)
-        b_x = _load_channels(p_x + o_pixel * DIM, m_c, ACC)
-        if BEGINS:
-            b_sum = b_D * b_x
-        else:
-            b_sum = _load_channels(p_sum + o_pixel * DIM, m_c, ACC)
-        b_h, b_y = _output_step(
-            b_h, b_x, p_rows + o_pixel * (4 * ROW), b_W, b_bias, b_A, o_r, o_n, DSTATE, RANK, ACC
-        )
-        gl.store(p_y + o_pixel * DIM, (b_sum + b_y).to(y.dtype.element_ty), mask=m_c)
-        pixel, left = _next_pixel(pixel, left, line, step, jump)
+            b_delta = _delta(rs.slice(t, 1, 1).load(LAYOUT), b_W, b_bias)
+            b_B = Bs.slice(t, 1, 1).load(LAYOUT)
+            b_C = Cs.slice(t, 1, 1).load(LAYOUT)
+            b_a = _exp2(b_A * b_delta[None, :])
+            b_h = b_a * b_h + b_B * (b_delta * b_xs[t])[None, :]
+            b_y = gl.sum(b_C * b_h, axis=0)
+            if BEGINS:
+                b_y += b_D * b_xs[t]
+            else:
+                b_y += b_ys[t]
+            m_t = m_c & (i + t < count)
+            gl.store(p_y + o_pixels[t] * DIM, b_y.to(y.dtype.element_ty), mask=m_t)
+        o_pixels = o_nexts
+        b_xs = b_next_xs
+        b_ys = b_next_ys
 
 
 @jit(do_not_specialize=SIZES)
@@ -438,8 +486,12 @@ def _output_kernel(
     PADDED_RANK: tl.constexpr,
     STEPS: tl.constexpr,
     ACC: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BY_STATE: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
+    FETCH_R: tl.constexpr,
+    FETCH_N: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """Add both directions of one order: 0 along rows, which begins the sum, 1 along columns.
 
@@ -466,6 +518,10 @@ def _output_kernel(
         for i in gl.static_range(4):
             b_D += gl.load(Ds + i * DIM + o_c, mask=m_c, other=0.0).to(ACC)
 
+    rs = _SharedMemory(ACC, [PADDED_RANK, STEPS], SHARED)
+    Bs = _SharedMemory(ACC, [PADDED_DSTATE, STEPS], SHARED)
+    Cs = _SharedMemory(ACC, [PADDED_DSTATE, STEPS], SHARED)
+
     # Forwards.
     b_W, b_bias, b_A = _load_direction(
         dt_projs_weight, dt_projs_bias, A_logs, ORDER, o_c, o_n, o_r, DIM, DSTATE, RANK, ACC
@@ -474,7 +530,8 @@ def _output_kernel(
     b_h = gl.load(p_states + o_states, mask=m_nc, other=0.0)  # [N, CH]
     _walk_chunk(
         x, x_dbl, y_sum, y_sum, b_h, b_W, b_bias, b_A, b_D, o_image, first, count, ORDER,
-        height, width, o_c, o_n, o_r, DIM, DSTATE, RANK, STEPS, ORDER == 0, ACC,
+        height, width, o_c, rs, Bs, Cs, DIM, DSTATE, RANK, PADDED_DSTATE, PADDED_RANK, STEPS,
+        ORDER == 0, ACC, LAYOUT, FETCH_R, FETCH_N,
     )  # fmt: skip
     _barrier()
 
@@ -490,7 +547,8 @@ def _output_kernel(
         p_out = y
     _walk_chunk(
         x, x_dbl, y_sum, p_out, b_h, b_W, b_bias, b_A, b_D, o_image, length - first - count, count,
-        ORDER + 2, height, width, o_c, o_n, o_r, DIM, DSTATE, RANK, STEPS, False, ACC,
+        ORDER + 2, height, width, o_c, rs, Bs, Cs, DIM, DSTATE, RANK, PADDED_DSTATE, PADDED_RANK,
+        STEPS, False, ACC, LAYOUT, FETCH_R, FETCH_N,
     )  # fmt: skip
 
 
@@ -499,7 +557,7 @@ def _adjoint_step(
     b_h, b_P, b_G, b_x, b_dy, p_row, b_W, b_bias, b_A, o_r, o_n,
     DSTATE: tl.constexpr, RANK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    b_delta = _delta(p_row, b_W, b_bias, o_r, RANK, ACC)
+    b_delta = _delta(_load_row(p_row, o_r, RANK, ACC)[:, None], b_W, b_bias)
     b_B = _load_row(p_row + RANK, o_n, DSTATE, ACC)
     b_C = _load_row(p_row + RANK + DSTATE, o_n, DSTATE, ACC)
     b_a = _exp2(b_A * b_delta[None, :])
@@ -540,8 +598,12 @@ def _adjoint_state_kernel(
     STEPS: tl.constexpr,
     WITH_DD: tl.constexpr,
     ACC: tl.constexpr,
+    LAYOUT: tl.constexpr,
     BY_STATE: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
+    FETCH_R: tl.constexpr,
+    FETCH_N: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     """Both chunk passes of one direction in one walk, and delta.
 
@@ -889,6 +951,12 @@ def _dot(b_x, b_y):
         return tl.dot(b_x, b_y, input_precision="tf32x3")
 
 
+def _fetch_layout(size: int, num_warps: int):
+    """Blocks of [size, steps], with the lanes of a warp on 4 steps or more."""
+    lanes = min(8, size)
+    return gl.BlockedLayout([size // lanes, 1], [lanes, 32 // lanes], [1, num_warps], [0, 1])
+
+
 def _warps(dim: int, most: int) -> int:
     return next((w for w in (4, 2) if w <= most and dim % (32 * w) == 0), 1)
 
@@ -898,8 +966,11 @@ def _walk_options(dim, dstate, rank, dtype, most_warps, most_channels) -> dict:
     """The constants of kernels in which a thread owns all states of its channels."""
     per_thread = most_channels if dim % (32 * most_channels) == 0 else 1
     num_warps = _warps(dim // per_thread, most_warps)
-    by_state = by_channel = None
+    padded_dstate, padded_rank = triton.next_power_of_2(dstate), triton.next_power_of_2(rank)
+    layout = by_state = by_channel = fetch_r = fetch_n = shared = None
     if not INTERPRETED.value:
+        fetch_r, fetch_n = _fetch_layout(padded_rank, num_warps), _fetch_layout(padded_dstate, num_warps)
+        shared = gl.SwizzledSharedLayout(1, 1, 1, order=[0, 1])
         layout = gl.BlockedLayout([1, per_thread], [1, 32], [1, num_warps], [1, 0])
         by_state, by_channel = gl.SliceLayout(1, layout), gl.SliceLayout(0, layout)
     return {
@@ -907,11 +978,15 @@ def _walk_options(dim, dstate, rank, dtype, most_warps, most_channels) -> dict:
         "DSTATE": dstate,
         "RANK": rank,
         "CHANNELS": 32 * per_thread * num_warps,
-        "PADDED_DSTATE": triton.next_power_of_2(dstate),
-        "PADDED_RANK": triton.next_power_of_2(rank),
+        "PADDED_DSTATE": padded_dstate,
+        "PADDED_RANK": padded_rank,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "BY_STATE": by_state,
+        "LAYOUT": layout,
         "BY_CHANNEL": by_channel,
+        "FETCH_R": fetch_r,
+        "FETCH_N": fetch_n,
+        "SHARED": shared,
         "num_warps": num_warps,
     }
 
