@@ -1,5 +1,7 @@
 """Window attention and Swin blocks on channels-last maps (Liu et al., arXiv:2103.14030)."""
 
+import functools
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -18,6 +20,23 @@ def _relative_positions(window_size: int) -> Tensor:
     )
     positions = torch.stack((rows.flatten(), columns.flatten()), dim=-1)
     return positions[:, None] - positions[None, :] + window_size - 1
+
+
+@functools.lru_cache(maxsize=16)
+def _shift_mask(
+    rows: int, columns: int, window_size: int, shift: int, device: torch.device
+) -> Tensor:
+    """True where two pixels of a shifted window may see each other: (rows * columns, p*p, p*p)."""
+
+    def wrapped(windows: int) -> Tensor:
+        positions = torch.arange(windows * window_size, device=device)
+        return positions >= windows * window_size - shift
+
+    # The cached mask serves training too, which tensors made in inference mode cannot.
+    with torch.inference_mode(False):
+        regions = 2 * wrapped(rows)[:, None].int() + wrapped(columns)[None, :].int()
+        regions = rearrange(regions, "(r p) (c q) -> (r c) (p q)", p=window_size, q=window_size)
+        return regions[:, :, None] == regions[:, None, :]
 
 
 class WindowAttention(nn.Module):
@@ -54,19 +73,6 @@ class WindowAttention(nn.Module):
         self.register_buffer("_rows", offsets[..., 0], persistent=False)
         self.register_buffer("_columns", offsets[..., 1], persistent=False)
 
-    def _shift_mask(self, rows: int, columns: int, device: torch.device) -> Tensor:
-        """True where two pixels of a window may see each other: (rows * columns, p*p, p*p)."""
-        p = self.window_size
-
-        def region(windows: int) -> Tensor:
-            wrapped = torch.zeros(windows * p, dtype=torch.bool, device=device)
-            wrapped[-self.shift :] = True
-            return wrapped
-
-        regions = 2 * region(rows)[:, None].int() + region(columns)[None, :].int()
-        regions = rearrange(regions, "(r p) (c q) -> (r c) (p q)", p=p, q=p)
-        return regions[:, :, None] == regions[:, None, :]
-
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, height, width, dim) to the same shape."""
         height, width = x.shape[1:3]
@@ -82,7 +88,7 @@ class WindowAttention(nn.Module):
         )
         bias = self.relative_position_params[:, self._rows, self._columns]  # (heads, p*p, p*p)
         if self.shift:
-            mask = self._shift_mask(rows, columns, x.device)
+            mask = _shift_mask(rows, columns, p, self.shift, x.device)
             bias = bias.masked_fill(~mask[:, None], -torch.inf)  # (windows, heads, p*p, p*p)
             bias = bias.repeat(x.shape[0], 1, 1, 1)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=self.scale)

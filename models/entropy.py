@@ -7,18 +7,44 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 import torch.nn as nn
-from compressai.entropy_models import EntropyModel
+from compressai.entropy_models import EntropyBottleneck, EntropyModel
 from torch import Tensor
 
 from .coder import MAX_SYMBOL, BitstreamError, SymbolDecoder, SymbolEncoder, Tables
 
-__all__ = ["GUARD", "BitstreamError", "LatentDecoder", "LatentEncoder", "SlicePredictor"]
+__all__ = [
+    "GUARD",
+    "BitstreamError",
+    "Bottleneck",
+    "LatentDecoder",
+    "LatentEncoder",
+    "SlicePredictor",
+]
 
 # A scale whose logarithm lies this close to a boundary of the scale table may get another table
 # index on another device. Float64 keeps devices within about 1e-12 of each other.
 GUARD = 1e-6
 
 CodeSlice = Callable[[int, Tensor, Tensor], Tensor]
+
+
+class Bottleneck(EntropyBottleneck):
+    """CompressAI's bottleneck, whose forward pass does not make the host wait for the GPU."""
+
+    def forward(self, x: Tensor, training: bool | None = None) -> tuple[Tensor, Tensor]:
+        """Quantise x (batch, channels, height, width); return it and its likelihoods, alike."""
+        training = self.training if training is None else training
+        channels_first = x.transpose(0, 1)
+        values = channels_first.reshape(x.shape[1], 1, -1)
+        outputs = self.quantize(values, "noise" if training else "dequantize", self._get_medians())
+        likelihoods, _, _ = self._likelihood(outputs)
+        if self.use_likelihood_bound:
+            likelihoods = self.likelihood_lower_bound(likelihoods)
+        shape = channels_first.shape
+        return (
+            outputs.reshape(shape).transpose(0, 1).contiguous(),
+            likelihoods.reshape(shape).transpose(0, 1).contiguous(),
+        )
 
 
 class SlicePredictor(nn.Module):

@@ -4,13 +4,14 @@ from itertools import pairwise
 
 import torch
 import torch.nn as nn
-from compressai.entropy_models import EntropyBottleneck, GaussianConditional
+from compressai.entropy_models import GaussianConditional
 from compressai.models.utils import conv, deconv
 
 from layers import SwinAttentionBlock, VSSBlock
 
 from ._registry import register_model
 from .base import SliceHyperprior
+from .entropy import Bottleneck
 
 __all__ = ["MambaVC"]
 
@@ -128,7 +129,7 @@ class MambaVC(SliceHyperprior):
         self.cc_scale_transforms = nn.ModuleList(transform(width) for width in widths)
         self.lrp_transforms = nn.ModuleList(transform(width + slice_width) for width in widths)
 
-        self.entropy_bottleneck = EntropyBottleneck(Z)
+        self.entropy_bottleneck = Bottleneck(Z)
         self.gaussian_conditional = GaussianConditional(None)
         self.to(memory_format=torch.channels_last)
 
