@@ -35,6 +35,7 @@ from data import (
     end_workers,
     training_batches,
 )
+from graphs import GraphedGradients
 from optim import lr_factor, make_optimizers
 from parallel import Processes
 from runlog import Events, Meter
@@ -126,6 +127,7 @@ class Trainer:
         self.stop_requested = False  # of this process, by a signal
         self.stopped = False  # all processes know and agree
         self.known_problems: set[str] = set()
+        self.graph: GraphedGradients | None = None
 
         train_pictures, test_pictures = self._open_data()
         self.global_batch = args.batch_size * args.accumulate * processes.world_size
@@ -152,7 +154,10 @@ class Trainer:
         ]
         self.ema = ModelEmaV3(model, args.ema, use_warmup=True) if args.ema is not None else None
         if checkpoint is not None and args.continue_train:
-            self._restore(checkpoint)
+            if "optimizers" in checkpoint:
+                self._restore(checkpoint)
+            else:
+                logger.info("%s holds weights only: starting at step 0", args.checkpoint)
 
         if args.grad_checkpoint:
             recompute_blocks(model, processes)
@@ -233,18 +238,14 @@ class Trainer:
             "args": args,
             "versions": {
                 "python": sys.version.split()[0],
-                **{name: importlib.metadata.version(name) for name in ("torch", "compressai")},
+                "torch": str(torch.__version__),
+                "compressai": importlib.metadata.version("compressai"),
             },
         }
 
     def _restore(self, checkpoint: dict) -> None:
         """Go on where the run that wrote the checkpoint stood."""
         args = self.args
-        if "optimizers" not in checkpoint:
-            raise UsageError(
-                "the checkpoint holds weights but no training state; leave out --continue_train "
-                "to start a new run from its weights"
-            )
         for key, now in (("optimizer", args.optimizer), ("global_batch", self.global_batch)):
             before = checkpoint.get(key) or checkpoint["args"][key]
             if now != before:
@@ -326,6 +327,15 @@ class Trainer:
         mse = terms["mse_loss"] if "mse_loss" in terms else F.mse_loss(output["x_hat"], x)
         return torch.stack([terms["loss"], terms["bpp_loss"], mse]).detach()
 
+    def _gradients(self, x: Tensor, last: bool) -> Tensor:
+        """`_backward`, replayed from a CUDA graph if asked for."""
+        if not self.args.cuda_graph:
+            return self._backward(x, last)
+        if self.graph is None:
+            parameters = list(self.model.parameters())
+            self.graph = GraphedGradients(lambda x: self._backward(x, last=True), parameters, x)
+        return self.graph(x)
+
     def _train_step(self) -> dict[str, float]:
         """One optimiser step on the next global batch; what it measured, over all processes.
 
@@ -344,7 +354,7 @@ class Trainer:
             names += batch.names
             self._report_problems(batch.problems)
             last = i == args.accumulate - 1
-            measured += self._backward(self._to_device(batch.pixels), last) / args.accumulate
+            measured += self._gradients(self._to_device(batch.pixels), last) / args.accumulate
 
         norm = nn.utils.clip_grad_norm_(self.net_parameters, args.clip_max_norm or math.inf)
         stop = measured.new_tensor(self.stop_requested)

@@ -7,6 +7,7 @@ One for each GPU:    torchrun --nproc_per_node=G train.py --cuda -d ROOT ...
 import argparse
 import logging
 import math
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -96,6 +97,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--amp", choices=["bf16"],
         help="mixed precision; scan states and entropy model stay in float32")
     add("--compile", action="store_true", help="compile the transforms with torch.compile")
+    add("--cuda-graph", action="store_true",
+        help="replay the passes of a step from a CUDA graph: much faster where a GPU waits for "
+        "its host; needs --cuda, one process, no --accumulate")
     add("--grad-checkpoint", action="store_true",
         help="recompute blocks in the backward pass: less memory, more time")
 
@@ -115,6 +119,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             f"--type ms-ssim needs a --patch-size of at least {utils.MS_SSIM_MIN_SIDE}, "
             f"got {args.patch_size[0]} {args.patch_size[1]}"
         )
+    if args.cuda_graph and (not args.cuda or args.accumulate > 1 or "RANK" in os.environ):
+        parser.error("--cuda-graph needs --cuda, one process and no --accumulate")
     if args.learning_rate is None:
         args.learning_rate = 2e-3 if args.optimizer == "muon" else 1e-4
     return args

@@ -18,6 +18,7 @@ from .entropy import (
     LatentEncoder,
     SlicePredictor,
     deterministic_arithmetic,
+    multiply_convolutions,
 )
 
 __all__ = ["SliceHyperprior"]
@@ -25,7 +26,7 @@ __all__ = ["SliceHyperprior"]
 # Buffers whose size depends on training, not on the architecture.
 _TABLES = ("_quantized_cdf", "_cdf_length", "_offset", "scale_table")
 
-# The modules and device of each model's entropy path, and its float64 copy.
+# The modules and device of each model's entropy path, its float64 copy and the copy's tensors.
 _exact_slices: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -111,17 +112,18 @@ class SliceHyperprior(CompressionModel):
             return self.slices
         slices = self.slices
         modules, device = list(slices.modules())[1:], self.entropy_bottleneck.quantiles.device
-        known, known_device, exact_slices = _exact_slices.get(self, ([], None, None))
+        known, known_device, exact_slices, copies = _exact_slices.get(self, ([], None, None, []))
         if device != known_device or not (
             len(known) == len(modules) and all(map(operator.is_, known, modules))
         ):
             # Tensors made in inference mode could not be written to outside of it.
             with torch.inference_mode(False), torch.no_grad():
                 exact_slices = copy.deepcopy(slices).double()
-            _exact_slices[self] = modules, device, exact_slices
+                multiply_convolutions(exact_slices)
+            copies = _tensors(list(exact_slices.modules())[1:])
+            _exact_slices[self] = modules, device, exact_slices, copies
         # Copying the modules takes ten times as long as copying the values, which may have changed.
-        torch._foreach_copy_(list(exact_slices.parameters()), list(slices.parameters()))
-        torch._foreach_copy_(list(exact_slices.buffers()), list(slices.buffers()))
+        torch._foreach_copy_(copies, _tensors(modules))
         return exact_slices
 
     @torch.no_grad()
@@ -150,7 +152,7 @@ class SliceHyperprior(CompressionModel):
             z_strings, z_hat = coder.encode_z(z, self._medians())
             slices(z_hat if exact else z_hat.to(y.dtype), coder.code_slice)
         return {
-            "strings": [coder.strings(), z_strings],
+            "strings": [coder.encode_y(), z_strings],
             "shape": tuple(z.shape[-2:]),
             "size": tuple(x.shape[-2:]),
             "guards": coder.guards,
@@ -267,6 +269,12 @@ class SliceHyperprior(CompressionModel):
         model = cls(**{**config, **kwargs})
         model.load_state_dict(state_dict)
         return model
+
+
+def _tensors(modules: Sequence[torch.nn.Module]) -> list[Tensor]:
+    """Parameters and buffers of these modules themselves, in order."""
+    stores = (store for m in modules for store in (m._parameters, m._buffers))
+    return [tensor for store in stores for tensor in store.values() if tensor is not None]
 
 
 def _plain_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -95,6 +95,7 @@ def test_scales_near_a_boundary_are_listed_and_taken_from_the_list(model):
     factors = torch.tensor([1 - GUARD / 2, 1 + GUARD / 2, 1 - 2 * GUARD, 1 + 2 * GUARD])
     scale = (boundary * factors.double()).reshape(1, 1, 1, 4).expand(1, 4, 1, 4)
     encoder.code_slice(0, torch.zeros(1, 4, 1, 4).double(), scale)
+    encoder.encode_y()
     below, above = 20, 21
     assert encoder.guards[0] == [
         (4 * channel + i, index) for channel in range(4) for i, index in ((0, below), (1, above))
