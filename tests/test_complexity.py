@@ -11,7 +11,6 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -112,9 +111,7 @@ def test_macs_are_those_of_pytorchs_counter(name):
     model = models.build_model(name, **TINY).eval()
     own = counted(name, 128, 128)
     with (
-        mock.patch.object(model.entropy_bottleneck, "forward", lambda z: (z, z)),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        torch.no_grad(),
+        complexity.shapes_only(),
         sdpa_kernel(SDPBackend.MATH),
         FlopCounterMode(display=False) as counter,
     ):
@@ -143,9 +140,9 @@ def test_parts_sum_to_the_total():
 @pytest.mark.parametrize(
     ("name", "parameters", "macs"),
     [
-        ("mambavc", 53_301_187, 446_685_118_464),
-        ("convvc", 72_896_451, 799_161_188_352),
-        ("swinvc", 60_461_251, 581_300_649_984),
+        ("mambavc", 53_301_187, 446_686_334_976),
+        ("convvc", 72_896_451, 799_162_404_864),
+        ("swinvc", 60_461_251, 581_301_866_496),
     ],
 )
 def test_totals_of_the_full_networks_at_512x768(name, parameters, macs):
@@ -161,12 +158,14 @@ def test_a_picture_counts_as_what_it_is_padded_to():
 def test_counting_leaves_model_and_functions_as_they_were():
     model = models.build_model("mambavc", **TINY).train()
     linear, keys = F.linear, set(vars(model.g_a[0]))
-    complexity.count(model, 64, 64)
+    complexity.count(model, 128, 128)  # shifted windows have masks, which are cached
     assert F.linear is linear
     assert model.training
     assert set(vars(model.g_a[0])) == keys
     assert isinstance(model.g_a[1], VSSBlock)
-    assert torch.isfinite(model.eval()(torch.rand(1, 3, 16, 16))["x_hat"]).all()
+    model.eval().update()
+    assert torch.isfinite(model(torch.rand(1, 3, 128, 128))["x_hat"]).all()
+    assert model.decompress(**model.compress(torch.rand(1, 3, 128, 128)))["x_hat"].isfinite().all()
 
 
 def test_every_operation_is_measured():
