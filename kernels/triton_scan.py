@@ -49,17 +49,15 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # Programs per launch, a whole number of waves on the 132 multiprocessors of a Hopper GPU. They
 # are constants, not read from the device, so that the same input gives the same bits on any.
 FORWARD_PROGRAMS = 2112
-BACKWARD_PROGRAMS = 528
+BACKWARD_PROGRAMS = 1056
 # Warps of a program and channels of a thread, where the number of channels is a multiple of both.
 FORWARD_WARPS, FORWARD_CHANNELS = 1, 2
-ADJOINT_WARPS, ADJOINT_CHANNELS = 4, 1
+ADJOINT_WARPS, ADJOINT_CHANNELS = 1, 2
 SWEEP_WARPS = 1
 SHORTEST_CHUNK = 32
 # Positions of which the inputs are fetched together.
 FORWARD_GROUP = 4
-ADJOINT_GROUP = 2
-# Registers of a thread where the compiler would take so many that a multiprocessor idles.
-ADJOINT_REGISTERS = 128
+ADJOINT_GROUP = 4
 # Backward: a state is kept in memory every SUBCHUNK positions, in shared memory every TILE, and
 # in registers at each position of one TILE.
 SUBCHUNK = 32
@@ -552,21 +550,6 @@ def _output_kernel(
     )  # fmt: skip
 
 
-@jit
-def _adjoint_step(
-    b_h, b_P, b_G, b_x, b_dy, p_row, b_W, b_bias, b_A, o_r, o_n,
-    DSTATE: tl.constexpr, RANK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    b_delta = _delta(_load_row(p_row, o_r, RANK, ACC)[:, None], b_W, b_bias)
-    b_B = _load_row(p_row + RANK, o_n, DSTATE, ACC)
-    b_C = _load_row(p_row + RANK + DSTATE, o_n, DSTATE, ACC)
-    b_a = _exp2(b_A * b_delta[None, :])
-    b_h = b_a * b_h + b_B[:, None] * (b_delta * b_x)[None, :]
-    b_P = b_P * b_a
-    b_G = b_P * (b_C[:, None] * b_dy[None, :]) + b_G
-    return b_h, b_P, b_G, b_delta
-
-
 @jit(do_not_specialize=SIZES)
 def _adjoint_state_kernel(
     dy,  # (batch, height, width, DIM)
@@ -631,8 +614,13 @@ def _adjoint_state_kernel(
     p_x = x + o_image + o_c
     p_dy = dy + o_image + o_c
     p_delta = delta + o_image + o_c
-    p_rows = x_dbl + i_b * length * (4 * ROW) + k * ROW
+    p_r = x_dbl + i_b * length * (4 * ROW) + k * ROW
+    p_B = p_r + RANK
+    p_C = p_B + DSTATE
     i_slot = i_b * num_chunks + i_chunk
+    rs = _SharedMemory(ACC, [PADDED_RANK, STEPS], SHARED)
+    Bs = _SharedMemory(ACC, [PADDED_DSTATE, STEPS], SHARED)
+    Cs = _SharedMemory(ACC, [PADDED_DSTATE, STEPS], SHARED)
 
     b_h = _zeros_like(b_A)  # [N, CH]
     b_P = b_h + 1.0
@@ -640,43 +628,44 @@ def _adjoint_state_kernel(
     b_sum = _zeros_like(b_bias)  # [CH]
     b_dD = b_sum
     pixel, left, line, step, jump = _first_pixel(start, k, height, width)
-    for i_sub in range((count + SUBSTEPS - 1) // SUBSTEPS):
-        i_inner = i_slot * num_subchunks + i_sub
-        gl.store(inner_states + i_inner * (DSTATE * DIM) + o_nc, b_h, mask=m_nc)
-        gl.store(inner_sums + i_inner * DIM + o_c, b_sum, mask=m_c)
-        size = gl.minimum(SUBSTEPS, count - i_sub * SUBSTEPS)
-        for _ in range(size // STEPS):
-            b_xs = ()
-            b_dys = ()
-            o_pixels = ()
-            for _t in gl.static_range(STEPS):
-                o_pixel = pixel.to(gl.int64)
-                b_xs = b_xs + (_load_channels(p_x + o_pixel * DIM, m_c, ACC),)
-                b_dys = b_dys + (_load_channels(p_dy + o_pixel * DIM, m_c, ACC),)
-                o_pixels = o_pixels + (o_pixel,)
-                pixel, left = _next_pixel(pixel, left, line, step, jump)
-            for t in gl.static_range(STEPS):
-                b_h, b_P, b_G, b_delta = _adjoint_step(
-                    b_h, b_P, b_G, b_xs[t], b_dys[t], p_rows + o_pixels[t] * (4 * ROW),
-                    b_W, b_bias, b_A, o_r, o_n, DSTATE, RANK, ACC,
-                )  # fmt: skip
-                gl.store(p_delta + o_pixels[t] * DIM, b_delta, mask=m_c)
-                b_sum += b_delta
-                if WITH_DD:
-                    b_dD += b_xs[t] * b_dys[t]
-        for _ in range(size % STEPS):
-            o_pixel = pixel.to(gl.int64)
-            b_x = _load_channels(p_x + o_pixel * DIM, m_c, ACC)
-            b_dy = _load_channels(p_dy + o_pixel * DIM, m_c, ACC)
-            b_h, b_P, b_G, b_delta = _adjoint_step(
-                b_h, b_P, b_G, b_x, b_dy, p_rows + o_pixel * (4 * ROW),
-                b_W, b_bias, b_A, o_r, o_n, DSTATE, RANK, ACC,
-            )  # fmt: skip
-            gl.store(p_delta + o_pixel * DIM, b_delta, mask=m_c)
+    o_pixels, pixel, left = _next_group(pixel, left, line, step, jump, count, STEPS)
+    b_rs = _fetch_rows(p_r, o_pixels, RANK, PADDED_RANK, ROW, STEPS, ACC, FETCH_R)
+    b_Bs = _fetch_rows(p_B, o_pixels, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+    b_Cs = _fetch_rows(p_C, o_pixels, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+    b_xs = _fetch_channels(p_x, o_pixels, m_c, DIM, STEPS, ACC)
+    b_dys = _fetch_channels(p_dy, o_pixels, m_c, DIM, STEPS, ACC)
+    for i in range(0, count, STEPS):
+        if i % SUBSTEPS == 0:
+            i_inner = i_slot * num_subchunks + i // SUBSTEPS
+            gl.store(inner_states + i_inner * (DSTATE * DIM) + o_nc, b_h, mask=m_nc)
+            gl.store(inner_sums + i_inner * DIM + o_c, b_sum, mask=m_c)
+        rs.store(b_rs)
+        Bs.store(b_Bs)
+        Cs.store(b_Cs)
+        o_nexts, pixel, left = _next_group(pixel, left, line, step, jump, count - i - STEPS, STEPS)
+        b_rs = _fetch_rows(p_r, o_nexts, RANK, PADDED_RANK, ROW, STEPS, ACC, FETCH_R)
+        b_Bs = _fetch_rows(p_B, o_nexts, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+        b_Cs = _fetch_rows(p_C, o_nexts, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+        b_next_xs = _fetch_channels(p_x, o_nexts, m_c, DIM, STEPS, ACC)
+        b_next_dys = _fetch_channels(p_dy, o_nexts, m_c, DIM, STEPS, ACC)
+        for t in gl.static_range(STEPS):
+            # Positions past the end add nothing to the sums.
+            is_inside = i + t < count
+            b_delta = gl.where(is_inside, _delta(rs.slice(t, 1, 1).load(LAYOUT), b_W, b_bias), 0.0)
+            b_dy = gl.where(is_inside, b_dys[t], 0.0)
+            b_B = Bs.slice(t, 1, 1).load(LAYOUT)
+            b_C = Cs.slice(t, 1, 1).load(LAYOUT)
+            b_a = _exp2(b_A * b_delta[None, :])
+            b_h = b_a * b_h + b_B * (b_delta * b_xs[t])[None, :]
+            b_P = b_P * b_a
+            b_G = b_P * (b_C * b_dy[None, :]) + b_G
+            gl.store(p_delta + o_pixels[t] * DIM, b_delta, mask=m_c & is_inside)
             b_sum += b_delta
             if WITH_DD:
-                b_dD += b_x * b_dy
-            pixel, left = _next_pixel(pixel, left, line, step, jump)
+                b_dD += b_xs[t] * b_dy
+        o_pixels = o_nexts
+        b_xs = b_next_xs
+        b_dys = b_next_dys
 
     gl.store(delta_sums + i_slot * DIM + o_c, b_sum, mask=m_c)
     p_states = states + (i_slot + 1) * (DSTATE * DIM) + o_nc
@@ -965,6 +954,8 @@ def _warps(dim: int, most: int) -> int:
 def _walk_options(dim, dstate, rank, dtype, most_warps, most_channels) -> dict:
     """The constants of kernels in which a thread owns all states of its channels."""
     per_thread = most_channels if dim % (32 * most_channels) == 0 else 1
+    if dtype == torch.float64:
+        per_thread = 1
     num_warps = _warps(dim // per_thread, most_warps)
     padded_dstate, padded_rank = triton.next_power_of_2(dstate), triton.next_power_of_2(rank)
     layout = by_state = by_channel = fetch_r = fetch_n = shared = None
@@ -1181,7 +1172,7 @@ def scan_2d_backward(
             _adjoint_state_kernel[grid](
                 dy, *inputs, delta, states, adjoints, delta_sums, inner_states, inner_sums,
                 dD_parts, *sizes, k, SUBSTEPS=SUBCHUNK, STEPS=ADJOINT_GROUP,
-                WITH_DD=k == 0, maxnreg=ADJOINT_REGISTERS, **walk,
+                WITH_DD=k == 0, **walk,
             )  # fmt: skip
             _carry(A_logs, states, delta_sums, k, False, walk)
             _carry(A_logs, adjoints, delta_sums, k, True, walk)
