@@ -1,0 +1,426 @@
+"""Training as a user runs it: what it writes, what it survives, what it refuses."""
+
+import errno
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.layers import DropPath
+
+import engine
+import models
+import train
+import utils
+from engine import Trainer
+from parallel import GlobalDraws, Processes
+from train import main
+from utils import DataError, UsageError
+
+ROOT = Path(__file__).parent.parent
+NUM_TRAIN = 5
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A dataset of smooth pictures, in two formats, some smaller than the patch."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    sizes = [(64, 64), (70, 90), (64, 80), (20, 30), (1, 1)]
+    for part, number in (("train", NUM_TRAIN), ("test", 2)):
+        (root / part).mkdir()
+        for i, (height, width) in enumerate(sizes[:number]):
+            coarse = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
+            picture = coarse.resize((width, height), Image.Resampling.BICUBIC)
+            picture.save(root / part / f"{i}.{'png' if i % 2 else 'jpg'}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Weights of a network that trains in tenths of a second per step."""
+    torch.manual_seed(0)
+    model = models.build_model(
+        "mambavc", N=8, M=20, depths=(1, 1, 1, 1), Z=8, context_width=16, transform_width=16
+    )
+    path = tmp_path_factory.mktemp("tiny") / "tiny.pth.tar"
+    torch.save(
+        {
+            "model": "mambavc",
+            "model_args": model.config,
+            "state_dict": model.state_dict(),
+        },
+        path,
+    )
+    return path
+
+
+@pytest.fixture
+def flags(data, tiny, tmp_path):
+    """Build a command line; its run goes to tmp_path/NAME/0.05."""
+
+    def build(name, *more, steps=4):
+        command = ["-d", data, "--checkpoint", tiny, "--save_path", tmp_path / name, "-n", 0]
+        command += ["--lambda", 0.05, "--batch-size", 2, "--patch-size", 64, 64]
+        command += ["--max-steps", steps, "--log-every", 1, *more]
+        return [str(part) for part in command]
+
+    return build
+
+
+def load(run, name="latest"):
+    return torch.load(run / "0.05" / f"checkpoint_{name}.pth.tar", weights_only=True)
+
+
+def assert_same_run(a, b):
+    """Two checkpoints hold the same training state bit for bit."""
+    torch.testing.assert_close(a["net"], b["net"], rtol=0, atol=0)
+    torch.testing.assert_close(a["state_dict"], b["state_dict"], rtol=0, atol=0)
+    torch.testing.assert_close(a["optimizers"], b["optimizers"], rtol=0, atol=0)
+    torch.testing.assert_close(a["aux_optimizer"], b["aux_optimizer"], rtol=0, atol=0)
+    assert torch.equal(a["rng"]["cpu"], b["rng"]["cpu"])
+    assert (a["step"], a["history"], a["best_loss"]) == (b["step"], b["history"], b["best_loss"])
+
+
+def run_script(script, *argv, **env):
+    return subprocess.run(
+        [*script, *argv],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **env},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_run_lowers_the_loss_and_writes_its_folder(flags, tmp_path):
+    main(flags("run", "--optimizer", "muon", "--val-every", "8", "-n", "1", steps=24))
+    folder = tmp_path / "run" / "0.05"
+    log = (folder / "train.log").read_text()
+    assert "step 24/24" in log
+    assert "images/s" in log
+
+    latest = load(tmp_path / "run")
+    losses = [entry["loss"] for entry in latest["history"]]
+    assert [entry["step"] for entry in latest["history"]] == [8, 16, 24]
+    assert losses[2] < losses[1] < losses[0]
+    assert latest["step"] == 24
+    assert latest["epoch"] == 24 * 2 / NUM_TRAIN
+    assert latest["best_loss"] == min(losses)
+    assert latest["versions"]["torch"] == torch.__version__
+    assert load(tmp_path / "run", "best")["best_loss"] == min(losses)
+
+    x = torch.rand(1, 3, 30, 50)
+    model = utils.load_model(folder / "checkpoint_best.pth.tar")
+    coded = model.compress(x)
+    assert model.decompress(**coded)["x_hat"].shape == x.shape
+
+    events = EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
+    tags = events.Tags()
+    wanted = {"loss", "bpp", "psnr", "lr", "step_seconds", "images_per_second", "data_wait"}
+    assert {f"train/{key}" for key in wanted} <= set(tags["scalars"])
+    assert {"validation/loss", "validation/bpp", "validation/psnr"} <= set(tags["scalars"])
+    assert {"original/0", "reconstruction/1", "rate-distortion"} <= set(tags["images"])
+    assert [e.step for e in events.Scalars("validation/loss")] == [8, 16, 24]
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+import torch
+sys.path.insert(0, ".")
+import train, utils
+
+save, saves = torch.save, []
+def save_and_die(state, file):
+    saves.append(state)
+    if state["step"] == 4:
+        file.write(b"half a checkpoint")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(state, file)
+torch.save = save_and_die
+utils.run_main(train.main)
+"""
+
+
+def test_killed_run_ends_as_one_that_never_was(flags, tmp_path):
+    """SIGKILL in the middle of the second checkpoint, in the middle of an epoch."""
+    options = ["--save-every", "2", "--val-every", "3", "-n", "1", "--ema", "0.5"]
+    options += ["--accumulate", "2", "--optimizer", "muon", "--schedule", "cosine"]
+    options += ["--warmup-steps", "2"]
+    main(flags("whole", *options, steps=6))
+
+    killed = run_script(
+        [sys.executable, "-c", KILLED_WHILE_WRITING],
+        *flags("killed", *options, "--continue_train", steps=6),
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    folder = tmp_path / "killed" / "0.05"
+    assert list(folder.glob(".checkpoint*")), "it was not killed while it wrote"
+    assert load(tmp_path / "killed")["step"] == 3  # saved for its validation loss
+
+    main(flags("killed", *options, "--continue_train", steps=6))
+    assert not list(folder.glob(".checkpoint*"))
+    assert "going on at step 3" in (folder / "train.log").read_text()
+    assert_same_run(load(tmp_path / "killed"), load(tmp_path / "whole"))
+    ema, whole_ema = load(tmp_path / "killed")["ema"], load(tmp_path / "whole")["ema"]
+    torch.testing.assert_close(ema, whole_ema, rtol=0, atol=0)
+
+
+def test_sigterm_saves_and_ends_the_run_well(flags, tmp_path, monkeypatch):
+    main(flags("whole"))
+    step = Trainer._train_step
+
+    def step_and_signal(trainer):
+        if trainer.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", step_and_signal)
+        main(flags("stopped"))  # returns: exit code 0
+    assert load(tmp_path / "stopped")["step"] == 2
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    main(flags("stopped", "--continue_train"))
+    assert_same_run(load(tmp_path / "stopped"), load(tmp_path / "whole"))
+
+
+def test_workers_cache_and_recomputation_change_nothing(flags, tmp_path):
+    main(flags("plain", steps=2))
+    main(flags("other", "-n", "2", "--cache", "--grad-checkpoint", steps=2))
+    assert_same_run(load(tmp_path / "other"), load(tmp_path / "plain"))
+
+
+def test_two_processes_equal_one_with_both_batches(flags, tmp_path):
+    options = ["--val-every", "1", "--seed", "1", "--optimizer", "muon", "--grad-checkpoint"]
+    main(flags("one", *options, "--batch-size", "4", steps=3))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    result = run_script(
+        [*launcher, "--nproc_per_node=2", "train.py"], *flags("two", *options, steps=3)
+    )
+    assert result.returncode == 0, result.stderr
+    one, two = load(tmp_path / "one"), load(tmp_path / "two")
+    for a, b in zip(one["history"], two["history"], strict=True):
+        assert b == pytest.approx(a, rel=1e-5)
+    # Gradients are summed in another order. Where they are next to nothing, Adam, which divides
+    # by their size, makes a part of a step of it.
+    atol = 0.1 * one["args"]["learning_rate"]
+    torch.testing.assert_close(two["net"], one["net"], rtol=0, atol=atol)
+    assert torch.equal(one["rng"]["cpu"], two["rng"]["cpu"])
+    assert one["global_batch"] == two["global_batch"] == 4
+
+
+def test_processes_draw_parts_of_one_batch():
+    drop = DropPath(0.5).train()
+
+    def draw(batch):
+        torch.manual_seed(0)
+        channels_last = torch.empty(batch, 6, 4, 4).to(memory_format=torch.channels_last)
+        return [
+            torch.empty_like(channels_last).uniform_(-0.5, 0.5),
+            drop(torch.ones(batch, 1, 1, 1)),
+            torch.empty(6, 1, batch * 16).uniform_(-0.5, 0.5).view(6, batch, 16).movedim(1, 0),
+        ]
+
+    whole = draw(6)
+    state = torch.get_rng_state()
+    for rank in range(3):
+        with GlobalDraws(rank, 3):
+            parts = draw(2)
+        assert torch.equal(torch.get_rng_state(), state)
+        for part, full in zip(parts, whole, strict=True):
+            assert torch.equal(part, full[2 * rank : 2 * rank + 2])
+
+
+def test_bf16_is_close_to_float32(flags, tmp_path):
+    main(flags("float32", steps=2))
+    main(flags("bf16", "--amp", "bf16", steps=2))
+    a, b = load(tmp_path / "float32"), load(tmp_path / "bf16")
+    assert b["history"][0]["loss"] == pytest.approx(a["history"][0]["loss"], rel=0.01)
+    assert all(p.isfinite().all() for p in b["net"].values())
+    assert all(p.dtype != torch.bfloat16 for p in b["net"].values())
+    assert any(not torch.equal(b["net"][key], a["net"][key]) for key in a["net"])
+
+
+def test_ema_is_a_mean_of_the_weights_and_is_what_is_used(flags, tmp_path):
+    main(flags("run", "--ema", "0.9", "--save-every", "1", steps=1))
+    first = load(tmp_path / "run")["net"]
+    main(flags("run", "--ema", "0.9", "--continue_train", steps=2))
+    end = load(tmp_path / "run")
+    key = "g_a.0.weight"
+    weight = (end["ema"][key] - first[key]) / (end["net"][key] - first[key])
+    assert 0.1 < weight.median() < 0.9
+    torch.testing.assert_close(
+        end["ema"][key], first[key].lerp(end["net"][key], weight.median()), rtol=0, atol=1e-6
+    )
+    assert torch.equal(end["state_dict"][key], end["ema"][key])
+
+
+def test_fine_tuning_starts_anew_and_keeps_the_run_before(flags, tmp_path):
+    main(flags("run", steps=2))
+    before = load(tmp_path / "run")
+    start = tmp_path / "run" / "0.05" / "checkpoint_best.pth.tar"
+    main(flags("run", "--checkpoint", str(start), "--learning-rate", "1e-5", steps=1))
+    after = load(tmp_path / "run")
+    assert after["step"] == 1
+    moved = (after["net"]["g_a.0.weight"] - before["net"]["g_a.0.weight"]).abs().max()
+    assert 0 < moved < 2e-5
+    (kept,) = (tmp_path / "run" / "0.05").glob("*-checkpoint_latest.pth.tar")
+    assert torch.load(kept, weights_only=True)["step"] == 2
+
+
+def test_published_command_line_is_accepted():
+    line = "--cuda -d ROOT -n 128 --lambda 0.05 --epochs 500 --lr_epoch 450 490 --batch-size 8"
+    line += " --save_path DIR --save --checkpoint FILE --continue_train"
+    args = train.parse_args(line.split())
+    assert (args.lmbda, args.lr_epoch, args.num_workers) == (0.05, [450, 490], 128)
+    assert args.save
+    assert args.learning_rate == 1e-4
+    assert not train.parse_args(["-d", "ROOT", "--no-save"]).save
+
+
+def test_workers_are_capped_with_one_line(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "available_cpus", lambda: 1)
+    main(flags("run", "-n", "128", "--no-save", steps=1))
+    log = (tmp_path / "run" / "0.05" / "train.log").read_text()
+    assert log.count("1 workers in place of 128") == 1
+    assert not list((tmp_path / "run").glob("*/*.pth.tar"))
+
+
+def poison(monkeypatch, is_bad):
+    """Make the loss of the n-th batch (from 0) NaN where is_bad(n)."""
+    forward, count = engine.RateDistortionLoss.forward, iter(range(1000))
+
+    def poisoned(criterion, output, target):
+        terms = forward(criterion, output, target)
+        if torch.is_grad_enabled() and is_bad(next(count)):
+            terms["loss"] = terms["loss"] * math.nan
+        return terms
+
+    monkeypatch.setattr(engine.RateDistortionLoss, "forward", poisoned)
+
+
+def test_step_that_is_not_finite_is_skipped_and_its_files_named(flags, tmp_path, monkeypatch):
+    poison(monkeypatch, lambda n: n == 1)
+    main(flags("run", "--save-every", "1", "--cache", steps=3))
+    log = (tmp_path / "run" / "0.05" / "train.log").read_text()
+    (line,) = (line for line in log.splitlines() if "not finite" in line)
+    assert line.count(".png") + line.count(".jpg") == 2
+    end = load(tmp_path / "run")
+    assert end["step"] == 3
+    assert all(p.isfinite().all() for p in end["net"].values())
+    assert {state["step"].item() for state in end["optimizers"]["adam"]["state"].values()} == {2}
+
+
+def test_ten_bad_steps_in_a_row_end_the_run(flags, monkeypatch):
+    poison(monkeypatch, lambda n: n not in range(9, 10))
+    with pytest.raises(DataError, match="10 steps in a row were not finite, the last at step 19"):
+        main(flags("run", steps=40))
+
+
+def test_unreadable_pictures_are_named_and_skipped(flags, data, tmp_path):
+    root = tmp_path / "damaged"
+    for part in ("train", "test"):
+        (root / part).mkdir(parents=True)
+        for file in (data / part).iterdir():
+            (root / part / file.name).write_bytes(file.read_bytes())
+    (root / "train" / "0.jpg").write_bytes((root / "train" / "0.jpg").read_bytes()[:99])
+    (root / "test" / "1.png").write_text("no picture")
+    main(flags("run", "-d", str(root), "-n", "1", steps=3))
+    log = (tmp_path / "run" / "0.05" / "train.log").read_text()
+    for name in ("train/0.jpg", "test/1.png"):
+        assert sum("skipped" in line and name in line for line in log.splitlines()) == 1
+    assert load(tmp_path / "run")["step"] == 3
+
+
+def test_full_disk_is_reported_and_leaves_the_last_checkpoint(flags, tmp_path, monkeypatch):
+    save = torch.save
+
+    def fill_disk(state, file):
+        if state["step"] in (2, 4):
+            file.write(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", fill_disk)
+    options = ["--save-every", "1", "--val-every", "100"]
+    with pytest.raises(DataError, match=r"No space left on device.*the last one is kept"):
+        main(flags("run", *options, steps=4))
+    assert load(tmp_path / "run")["step"] == 3
+    assert not list((tmp_path / "run" / "0.05").glob(".checkpoint*"))
+    log = (tmp_path / "run" / "0.05" / "train.log").read_text()
+    assert "at step 2" in log
+    assert "trying again at the next save" in log
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batch-size", "0"], "expected an integer of at least 1, got '0'"),
+        (["--lambda", "x"], "expected float"),
+        (["--ema", "1"], "below 1, got '1'"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--model", "nothing"], "invalid choice: 'nothing'"),
+        (["--type", "ms-ssim"], "--patch-size of at least 161, got 64 64"),
+        (["-d", "nowhere"], "nowhere/train is not a folder"),
+        (["--checkpoint", "nowhere"], "checkpoint nowhere does not exist"),
+        (["--N", "16"], "--N 16 does not fit the checkpoint, whose N is 8"),
+        (["--model", "mambavc-light"], "does not fit the checkpoint, whose model is mambavc"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_flag_is_one_line_and_exit_code_2(flags, capsys, options, message):
+    if options[-1] == "mambavc-light" and "mambavc-light" not in models.list_models():
+        pytest.skip("there is one model only")
+    with pytest.raises(SystemExit) as exit_:
+        utils.run_main(lambda: main(flags("run", *options)))
+    assert exit_.value.code == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "error:" in line)
+    assert message in line
+
+
+def test_unwritable_folder_and_missing_gpu_are_usage_errors(flags, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=r"cannot write to .*file"):
+        main(flags("file"))
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="--cuda was given but PyTorch sees no GPU"):
+            main(flags("run", "--cuda"))
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_folder_without_readable_pictures_is_a_usage_error(flags, data, tmp_path, part):
+    root = tmp_path / "data"
+    for name in ("train", "test"):
+        (root / name).mkdir(parents=True)
+        (root / name / "a.png").write_bytes((data / "train" / "1.png").read_bytes())
+    (root / part / "a.png").write_text("no picture")
+    with pytest.raises(UsageError, match="none of the 1 pictures"):
+        main(flags("run", "-d", str(root)))
+    (root / part / "a.png").unlink()
+    with pytest.raises(UsageError, match="no images in"):
+        main(flags("run", "-d", str(root)))
+
+
+def test_more_processes_than_pictures_is_a_usage_error(flags, tmp_path):
+    processes = Processes(cuda=False)
+    processes.world_size = NUM_TRAIN + 1
+    with pytest.raises(UsageError, match="5 training pictures leave some of 6 processes empty"):
+        Trainer(train.parse_args(flags("run")), processes, tmp_path, None)
+
+
+def test_run_does_not_go_on_with_another_batch_or_optimizer(flags):
+    main(flags("run", steps=1))
+    for options, key in (
+        (["--accumulate", "2"], "global_batch: it was 2 and is now 4"),
+        (["--optimizer", "muon"], "optimizer: it was adam and is now muon"),
+    ):
+        with pytest.raises(UsageError, match=key):
+            main(flags("run", "--continue_train", *options))
