@@ -53,7 +53,6 @@ BACKWARD_PROGRAMS = 1056
 # Warps of a program and channels of a thread, where the number of channels is a multiple of both.
 FORWARD_WARPS, FORWARD_CHANNELS = 1, 2
 ADJOINT_WARPS, ADJOINT_CHANNELS = 1, 2
-SWEEP_WARPS = 1
 SHORTEST_CHUNK = 32
 # Positions of which the inputs are fetched together.
 FORWARD_GROUP = 4
@@ -677,16 +676,131 @@ def _adjoint_state_kernel(
 
 
 @jit
-def _join_steps(b_xs, STEPS: tl.constexpr):
-    """Join a tile's blocks, last step first, so that step t lies at index t of the last axes."""
-    if STEPS == 1:
-        return b_xs[0]
-    elif STEPS == 2:
-        return gl.join(b_xs[1], b_xs[0])
+def _grid(ROWS: tl.constexpr, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr):
+    """Element (i, j) is i COLUMNS + j."""
+    if INTERPRETED:
+        o_i = gl.arange(0, ROWS)
+        o_j = gl.arange(0, COLUMNS)
     else:
-        gl.static_assert(STEPS == 4)
-        # The last axis is the inner one: its index counts 1, the one before it counts 2.
-        return gl.join(gl.join(b_xs[3], b_xs[1]), gl.join(b_xs[2], b_xs[0]))
+        o_i = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+        o_j = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
+    return o_i[:, None] * COLUMNS + o_j[None, :]
+
+
+@jit
+def _from_lane(b_x, o_axis, BIT: tl.constexpr, LANES: tl.constexpr, AXIS: tl.constexpr):
+    """What the lane holds whose index along AXIS, o_axis here, differs in BIT; LANES lanes away."""
+    if INTERPRETED:
+        return gl.gather(b_x, o_axis ^ BIT, AXIS)
+    elif b_x.dtype == gl.float64:
+        return gl.inline_asm_elementwise(
+            "{ .reg .b32 lo, hi; mov.b64 {lo, hi}, $1; shfl.sync.bfly.b32 lo, lo, $2, 31, -1;"
+            " shfl.sync.bfly.b32 hi, hi, $2, 31, -1; mov.b64 $0, {lo, hi}; }",
+            "=d,d,r", [b_x, _zeros_like(o_axis) + LANES], dtype=gl.float64, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            "shfl.sync.bfly.b32 $0, $1, $2, 31, -1;",
+            "=f,f,r", [b_x, _zeros_like(o_axis) + LANES], dtype=gl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@jit
+def _fold(b_low, b_high, o_axis, BIT: tl.constexpr, LANES: tl.constexpr, AXIS: tl.constexpr):
+    """Add the lanes that differ in BIT: those without it get the sum of b_low, others b_high's.
+
+    Half as many values for twice as many lanes: a sum over lanes of many values at once that
+    costs less than one exchange per value.
+    """
+    m_bit = (o_axis & BIT) != 0
+    b_sent = gl.where(m_bit, b_low, b_high)
+    return gl.where(m_bit, b_high, b_low) + _from_lane(b_sent, o_axis, BIT, LANES, AXIS)
+
+
+@jit
+def _halves(b_x):
+    """The first and the second half of the last axis of three."""
+    shape: tl.constexpr = b_x.shape
+    b_x = gl.reshape(b_x, [shape[0], shape[1], 2, shape[2] // 2])
+    return gl.split(gl.permute(b_x, [0, 1, 3, 2]))
+
+
+@jit
+def _fold_halves(b_x, o_axis, BIT: tl.constexpr, LANES: tl.constexpr, AXIS: tl.constexpr):
+    """Fold the last axis of three, or add the lanes if it has come to one element."""
+    if b_x.shape[2] > 1:
+        b_low, b_high = _halves(b_x)
+        o_axis, _ = _halves(o_axis)
+        return _fold(b_low, b_high, o_axis, BIT, LANES, AXIS), o_axis
+    else:
+        return b_x + _from_lane(b_x, o_axis, BIT, LANES, AXIS), o_axis
+
+
+@jit
+def _sum_over_channels(b_dB, b_dC, o_outer, LAYOUT: tl.constexpr):
+    """Sum (4, S, 8) over its last axis: (8, 4, S // 4 or 1), see the kernel for what lies where."""
+    b_sum = _fold(b_dB, b_dC, o_outer, 4, 16, 2)
+    b_sum, o_outer = _fold_halves(
+        gl.permute(b_sum, [0, 2, 1]), gl.permute(o_outer, [0, 2, 1]), 2, 8, 1
+    )
+    b_sum, o_outer = _fold_halves(b_sum, o_outer, 1, 4, 1)
+    b_sum = gl.permute(b_sum, [1, 0, 2])
+    if INTERPRETED:
+        return b_sum
+    else:
+        return gl.convert_layout(b_sum, LAYOUT)
+
+
+@jit
+def _sum_over_states(b_x, o_outer, LANES: tl.constexpr):
+    """Sum (4, 8, 4) over its first axis: (8, 4)."""
+    b_x, o_outer = _fold_halves(b_x, o_outer, 2, 2, 0)
+    b_x, o_outer = _fold_halves(b_x, o_outer, 1, 1, 0)
+    b_x = gl.permute(gl.reshape(b_x, [4, 8]), [1, 0])
+    if INTERPRETED:
+        return b_x
+    else:
+        return gl.convert_layout(b_x, LANES)
+
+
+@jit
+def _descend(pixel, left, line, step, jump, position, end):
+    """From `position` to the one before it; those from `end` on count as the last before `end`."""
+    next_pixel, next_left = _next_pixel(pixel, left, line, step, jump)
+    is_inside = position < end
+    return gl.where(is_inside, next_pixel, pixel), gl.where(is_inside, next_left, left)
+
+
+@jit
+def _fetch_tile(
+    p_x, p_dy, p_delta, p_BC, m_c, m_BC, pixel, left, line, step, jump, position, start, end,
+    DIM: tl.constexpr, ROW: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The inputs of STEPS positions, from `position` backwards; zeros outside of the chunk."""
+    b_xs = ()
+    b_dys = ()
+    b_deltas = ()
+    b_BCs = ()
+    for u in gl.static_range(STEPS):
+        is_inside = (position - u >= start) & (position - u < end)
+        o_pixel = gl.where(is_inside, pixel, 0).to(gl.int64)
+        m_t = m_c & is_inside
+        b_xs = b_xs + (gl.load(p_x + o_pixel * DIM, mask=m_t, other=0.0).to(ACC),)
+        b_dys = b_dys + (gl.load(p_dy + o_pixel * DIM, mask=m_t, other=0.0).to(ACC),)
+        b_deltas = b_deltas + (gl.load(p_delta + o_pixel * DIM, mask=m_t, other=0.0),)
+        b_BC = gl.load(p_BC + o_pixel * (4 * ROW), mask=m_BC & is_inside, other=0.0)
+        b_BCs = b_BCs + (b_BC.to(ACC),)
+        pixel, left = _descend(pixel, left, line, step, jump, position - u, end)
+    return b_xs, b_dys, b_deltas, b_BCs, pixel, left
+
+
+@jit
+def _store_tile(xs, dys, deltas, BCs, b_xs, b_dys, b_deltas, b_BCs, last, STEPS: tl.constexpr):
+    for u in gl.static_range(STEPS):
+        xs.index(last - u).store(b_xs[u])
+        dys.index(last - u).store(b_dys[u])
+        deltas.index(last - u).store(b_deltas[u])
+        BCs.index(last - u).store(b_BCs[u])
 
 
 @jit(do_not_specialize=SIZES)
@@ -716,23 +830,28 @@ def _sweep_kernel(
     DIM: tl.constexpr,
     DSTATE: tl.constexpr,
     RANK: tl.constexpr,
-    WARPS: tl.constexpr,
-    PADDED_DSTATE: tl.constexpr,
+    S: tl.constexpr,
+    REST: tl.constexpr,
     SUBSTEPS: tl.constexpr,
     STEPS: tl.constexpr,
     ACC: tl.constexpr,
     LAYOUT: tl.constexpr,
     BY_STATE: tl.constexpr,
-    BY_WARP: tl.constexpr,
-    BY_LANE: tl.constexpr,
-    FLAT: tl.constexpr,
-    SHARED: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+    LANES: tl.constexpr,
+    BY_SUM: tl.constexpr,
+    BY_REST: tl.constexpr,
+    SHARED_ROWS: tl.constexpr,
+    SHARED_STATES: tl.constexpr,
 ):
     """Walk each chunk from behind with the adjoint g of the state.
 
     g_t = C_t dy_t + a_{t+1} g_{t+1} with, per step, dx = sum_n g B delta + D dy,
     d(delta) = sum_n g (B x + A a h_{t-1}), dA = sum_t g delta a h_{t-1}, dB = sum_c g delta x
     and dC = sum_c dy h. States are found again from the nearest one kept, never by going back.
+
+    A program is one warp with 32 channels. State n = i S + s of channel c = 4 j + d lies in lane
+    4 j + i, so blocks of states are (4, S, 8, 4), indexed i, s, j, d.
     """
     ROW: tl.constexpr = RANK + 2 * DSTATE
     TILES: tl.constexpr = SUBSTEPS // STEPS
@@ -743,131 +862,155 @@ def _sweep_kernel(
     start = i_chunk * chunk_size
     end = gl.minimum(start + chunk_size, length)
 
-    o_n = _arange(PADDED_DSTATE, BY_STATE)
-    o_warp = _arange(WARPS, BY_WARP)
-    o_lane = _arange(32, BY_LANE)
-    o_c = i_block * (WARPS * 32) + o_warp[:, None] * 32 + o_lane[None, :]  # [WARPS, 32]
-    m_c = o_c < DIM
-    m_n = o_n < DSTATE
-    m_nc = m_n[:, None, None] & m_c[None, :, :]
-    o_nc = o_n[:, None, None] * DIM + o_c[None, :, :]
-    p_A = A_logs + k * (DIM * DSTATE) + o_c[None, :, :] * DSTATE + o_n[:, None, None]
+    o_n = _grid(4, S, BY_STATE)
+    o_c = i_block * 32 + _grid(8, 4, BY_CHANNEL)
+    o_nc = o_n[:, :, None, None] * DIM + o_c[None, None, :, :]
+    m_nc = (o_n < DSTATE)[:, :, None, None] & (o_c < DIM)[None, None, :, :]
+    # For sums over lanes: i of (4, 8, 4) and j of (4, S, 8).
+    o_i = gl.max((o_n // S)[:, :, None, None] + (o_c * 0)[None, None, :, :], axis=1)
+    o_j = gl.max((o_n * 0)[:, :, None, None] + (o_c % 32 // 4)[None, None, :, :], axis=3)
+    p_A = A_logs + (k * DIM + o_c)[None, None, :, :] * DSTATE + o_n[:, :, None, None]
     b_A = -_exp2(gl.load(p_A, mask=m_nc, other=0.0).to(ACC) * LOG2_E) * LOG2_E
+
+    # What is stored is one channel to a lane, or one number of B or C.
+    o_lane = i_block * 32 + _grid(8, 4, LANES)
+    m_c = o_lane < DIM
     o_image = i_b * length * DIM
-    p_x = x + o_image + o_c
-    p_dy = dy + o_image + o_c
-    p_delta = delta + o_image + o_c
-    p_dx_sum = dx_sum + o_image + o_c
-    p_dx = dx + o_image + o_c
-    p_B = x_dbl + i_b * length * (4 * ROW) + k * ROW + RANK
-    p_dBC = dBC_parts + (i_block * gl.num_programs(2) + i_b) * length * (2 * DSTATE)
-    i_slot = i_b * num_chunks + i_chunk
+    p_x = x + o_image + o_lane
+    p_dy = dy + o_image + o_lane
+    p_delta = delta + o_image + o_lane
+    p_dx_sum = dx_sum + o_image + o_lane
+    p_dx = dx + o_image + o_lane
+    o_BC = _grid(8, S, LANES)
+    m_BC = o_BC % (4 * S) < DSTATE
+    o_BC = o_BC // (4 * S) * DSTATE + o_BC % (4 * S)
+    p_BC = x_dbl + i_b * length * (4 * ROW) + k * ROW + RANK + o_BC
     if BEGINS:
-        b_D = gl.sum(b_A, axis=0) * 0
+        b_D = _zeros_like(o_lane).to(ACC)
         for i in gl.static_range(4):
-            b_D += gl.load(Ds + i * DIM + o_c, mask=m_c, other=0.0).to(ACC)
+            b_D += gl.load(Ds + i * DIM + o_lane, mask=m_c, other=0.0).to(ACC)
 
-    b_h0 = gl.load(states + i_slot * (DSTATE * DIM) + o_nc, mask=m_nc, other=0.0)
+    # The sums over channels leave B's or C's in a lane by bit 2 of j, and bits 1 and 0 lead s.
+    o_ji = _grid(8, 4, LANES)
+    o_s = o_ji // 8 % 2 * (S // 2) + o_ji // 4 % 2 * (S // 4)
+    o_s = o_s[:, :, None] + _arange(REST, BY_REST)[None, None, :]  # (8, 4, REST)
+    o_sum = (o_ji % 4 * S)[:, :, None] + o_s
+    m_sum = o_sum < DSTATE
+    o_sum += (o_ji // 16 * DSTATE)[:, :, None]
+    p_dBC = dBC_parts + (i_block * gl.num_programs(2) + i_b) * length * (2 * DSTATE)
+
+    i_slot = i_b * num_chunks + i_chunk
+    p_state = states + i_slot * (DSTATE * DIM) + o_nc
     b_g = gl.load(adjoints + i_slot * (DSTATE * DIM) + o_nc, mask=m_nc, other=0.0)
-    b_dA = _zeros_like(b_A)  # [N, WARPS, 32]
-    kept = _SharedMemory(ACC, [TILES, PADDED_DSTATE, WARPS, 32], SHARED)
+    b_dA = _zeros_like(b_A)
 
+    xs = _SharedMemory(ACC, [SUBSTEPS, 8, 4], SHARED_ROWS)
+    dys = _SharedMemory(ACC, [SUBSTEPS, 8, 4], SHARED_ROWS)
+    deltas = _SharedMemory(ACC, [SUBSTEPS, 8, 4], SHARED_ROWS)
+    BCs = _SharedMemory(ACC, [SUBSTEPS, 8, S], SHARED_ROWS)
+    kept = _SharedMemory(ACC, [TILES, 4, S, 8, 4], SHARED_STATES)
+
+    # Two walks from behind: one fetches a subchunk, the other follows a subchunk later.
     num_inner = (end - start + SUBSTEPS - 1) // SUBSTEPS
+    position = start + num_inner * SUBSTEPS - 1
+    pixel, left, line, step, jump = _first_pixel(length - end, (k + 2) % 4, height, width)
+    fetch_pixel = pixel
+    fetch_left = left
+    for i in range(TILES):
+        b_xs, b_dys, b_deltas, b_BCs, fetch_pixel, fetch_left = _fetch_tile(
+            p_x, p_dy, p_delta, p_BC, m_c, m_BC, fetch_pixel, fetch_left, line, step, jump,
+            position - i * STEPS, start, end, DIM, ROW, STEPS, ACC,
+        )  # fmt: skip
+        last = SUBSTEPS - 1 - i * STEPS
+        _store_tile(xs, dys, deltas, BCs, b_xs, b_dys, b_deltas, b_BCs, last, STEPS)
+
     for i in range(num_inner):
-        i_sub = num_inner - 1 - i
-        i_inner = i_slot * num_subchunks + i_sub
+        i_inner = i_slot * num_subchunks + num_inner - 1 - i
         b_h = gl.load(inner_states + i_inner * (DSTATE * DIM) + o_nc, mask=m_nc, other=0.0)
-        b_sum = gl.load(inner_sums + i_inner * DIM + o_c, mask=m_c, other=0.0)
-        b_h += _exp2(b_A * b_sum[None, :, :]) * b_h0
-
-        sub_start = start + i_sub * SUBSTEPS
-        sub_tiles = (gl.minimum(end - sub_start, SUBSTEPS) + STEPS - 1) // STEPS
-        pixel, left, line, step, jump = _first_pixel(sub_start, k, height, width)
-        for i_tile in range(sub_tiles - 1):
+        b_sum = gl.load(inner_sums + i_inner * DIM + o_c, mask=o_c < DIM, other=0.0)
+        b_h0 = gl.load(p_state, mask=m_nc, other=0.0)
+        b_h += _exp2(b_A * b_sum[None, None, :, :]) * b_h0
+        for i_tile in range(TILES - 1):
             kept.index(i_tile).store(b_h)
-            b_deltas = ()
-            b_us = ()
-            b_Bs = ()
-            for _t in gl.static_range(STEPS):
-                o_pixel = pixel.to(gl.int64)
-                b_delta = gl.load(p_delta + o_pixel * DIM, mask=m_c, other=0.0)
-                b_x = gl.load(p_x + o_pixel * DIM, mask=m_c, other=0.0).to(ACC)
-                b_deltas = b_deltas + (b_delta,)
-                b_us = b_us + (b_delta * b_x,)
-                b_Bs = b_Bs + (_load_row(p_B + o_pixel * (4 * ROW), o_n, DSTATE, ACC),)
-                pixel, left = _next_pixel(pixel, left, line, step, jump)
             for t in gl.static_range(STEPS):
-                b_a = _exp2(b_A * b_deltas[t][None, :, :])
-                b_h = b_a * b_h + b_Bs[t][:, None, None] * b_us[t][None, :, :]
-        kept.index(sub_tiles - 1).store(b_h)
+                b_delta = deltas.index(i_tile * STEPS + t).load(BY_CHANNEL)
+                b_u = b_delta * xs.index(i_tile * STEPS + t).load(BY_CHANNEL)
+                b_B = BCs.index(i_tile * STEPS + t).slice(0, 4, 0).load(BY_STATE)
+                b_a = _exp2(b_A * b_delta[None, None, :, :])
+                b_h = b_a * b_h + b_B[:, :, None, None] * b_u[None, None, :, :]
+        kept.index(TILES - 1).store(b_h)
 
-        for j in range(sub_tiles):
-            i_tile = sub_tiles - 1 - j
-            tile_start = sub_start + i_tile * STEPS
-            pixel, left, line, step, jump = _first_pixel(tile_start, k, height, width)
+        for j in range(TILES):
+            i_tile = TILES - 1 - j
+            b_next_xs, b_next_dys, b_next_deltas, b_next_BCs, fetch_pixel, fetch_left = _fetch_tile(
+                p_x, p_dy, p_delta, p_BC, m_c, m_BC, fetch_pixel, fetch_left, line, step, jump,
+                position - SUBSTEPS, start, end, DIM, ROW, STEPS, ACC,
+            )  # fmt: skip
             o_pixels = ()
+            b_dxs = ()
+            for u in gl.static_range(STEPS):
+                is_inside = position - u < end
+                o_pixel = pixel.to(gl.int64)
+                o_pixels = o_pixels + (o_pixel,)
+                if BEGINS:
+                    b_dy = dys.index(i_tile * STEPS + STEPS - 1 - u).load(LANES)
+                    b_dxs = b_dxs + (b_D * b_dy,)
+                else:
+                    b_dx = gl.load(p_dx_sum + o_pixel * DIM, mask=m_c & is_inside, other=0.0)
+                    b_dxs = b_dxs + (b_dx,)
+                pixel, left = _descend(pixel, left, line, step, jump, position - u, end)
+
             b_as = ()
             b_hs = (kept.index(i_tile).load(LAYOUT),)
             for t in gl.static_range(STEPS):
                 # Past the end delta is 0: a is 1 and nothing is added.
-                is_inside = tile_start + t < end
-                o_pixel = gl.where(is_inside, pixel, 0).to(gl.int64)
-                b_delta = gl.load(p_delta + o_pixel * DIM, mask=m_c & is_inside, other=0.0)
-                b_x = gl.load(p_x + o_pixel * DIM, mask=m_c & is_inside, other=0.0).to(ACC)
-                b_B = _load_row(p_B + o_pixel * (4 * ROW), o_n, DSTATE, ACC)
-                b_a = _exp2(b_A * b_delta[None, :, :])
-                b_u = b_delta * b_x
-                b_hs = b_hs + (b_a * b_hs[t] + b_B[:, None, None] * b_u[None, :, :],)
+                b_delta = deltas.index(i_tile * STEPS + t).load(BY_CHANNEL)
+                b_u = b_delta * xs.index(i_tile * STEPS + t).load(BY_CHANNEL)
+                b_B = BCs.index(i_tile * STEPS + t).slice(0, 4, 0).load(BY_STATE)
+                b_a = _exp2(b_A * b_delta[None, None, :, :])
+                b_h = b_a * b_hs[t] + b_B[:, :, None, None] * b_u[None, None, :, :]
+                b_hs = b_hs + (b_h,)
                 b_as = b_as + (b_a,)
-                o_pixels = o_pixels + (o_pixel,)
-                pixel, left = _next_pixel(pixel, left, line, step, jump)
 
-            b_dBCs = ()
             for t in gl.static_range(STEPS - 1, -1, -1):
-                m_t = m_c & (tile_start + t < end)
-                o_pixel = o_pixels[t]
-                b_delta = gl.load(p_delta + o_pixel * DIM, mask=m_t, other=0.0)
-                b_x = gl.load(p_x + o_pixel * DIM, mask=m_t, other=0.0).to(ACC)
-                b_dy = gl.load(p_dy + o_pixel * DIM, mask=m_t, other=0.0).to(ACC)
-                b_B = _load_row(p_B + o_pixel * (4 * ROW), o_n, DSTATE, ACC)
-                b_C = _load_row(p_B + DSTATE + o_pixel * (4 * ROW), o_n, DSTATE, ACC)
-                b_u = b_delta * b_x
-                b_g += b_C[:, None, None] * b_dy[None, :, :]
-                b_dC = gl.sum(b_hs[t + 1] * b_dy[None, :, :], axis=2)  # [N, WARPS]
-                b_dB = gl.sum(b_g * b_u[None, :, :], axis=2)
-                b_gB = gl.sum(b_g * b_B[:, None, None], axis=0)  # [WARPS, 32]
+                row = i_tile * STEPS + t
+                b_delta = deltas.index(row).load(BY_CHANNEL)
+                b_u = b_delta * xs.index(row).load(BY_CHANNEL)
+                b_dy = dys.index(row).load(BY_CHANNEL)[None, None, :, :]
+                b_B = BCs.index(row).slice(0, 4, 0).load(BY_STATE)
+                b_C = BCs.index(row).slice(4, 4, 0).load(BY_STATE)
+                b_g += b_C[:, :, None, None] * b_dy
+                b_dC = gl.sum(b_hs[t + 1] * b_dy, axis=3)  # (4, S, 8)
+                b_dB = gl.sum(b_g * b_u[None, None, :, :], axis=3)
+                b_gB = gl.sum(b_g * b_B[:, :, None, None], axis=1)  # (4, 8, 4)
                 b_g = b_g * b_as[t]
-                b_ghA = b_g * b_hs[t]
-                b_dA += b_ghA * b_delta[None, :, :]
-                b_ddelta = b_gB * b_x + gl.sum(b_ghA * b_A, axis=0) * LN_2
-                b_dx = b_gB * b_delta
-                if BEGINS:
-                    b_dx += b_D * b_dy
-                else:
-                    b_dx += gl.load(p_dx_sum + o_pixel * DIM, mask=m_t, other=0.0)
-                if ENDS:
-                    gl.store(p_dx + o_pixel * DIM, b_dx.to(dx.dtype.element_ty), mask=m_t)
-                else:
-                    gl.store(p_dx_sum + o_pixel * DIM, b_dx, mask=m_t)
-                gl.store(p_delta + o_pixel * DIM, b_ddelta, mask=m_t)
-                b_dBCs = b_dBCs + (gl.join(b_dB, b_dC),)  # [N, WARPS, 2]
-            # All the sums over warps of a tile at once, for they need a barrier.
-            b_dBC = gl.sum(_join_steps(b_dBCs, STEPS), axis=1)  # [N, 2, STEPS, in halves]
-            b_dBC = gl.reshape(b_dBC, [PADDED_DSTATE * 2 * STEPS])
-            if not INTERPRETED:
-                b_dBC = gl.convert_layout(b_dBC, FLAT)
-            o_flat = _arange(PADDED_DSTATE * 2 * STEPS, FLAT)
-            o_step = o_flat % STEPS
-            o_dn = o_flat // (2 * STEPS)
-            o_row = (o_flat // STEPS % 2) * DSTATE + o_dn
-            o_pixel = _zeros_like(o_step).to(gl.int64)
-            for t in gl.static_range(STEPS):
-                o_pixel = gl.where(o_step == t, o_pixels[t], o_pixel)
-            m_row = (o_dn < DSTATE) & (tile_start + o_step < end)
-            gl.store(p_dBC + o_pixel * (2 * DSTATE) + o_row, b_dBC, mask=m_row)
+                b_gh = b_g * b_hs[t]
+                b_dA += b_gh * b_delta[None, None, :, :]
+                b_ghA = gl.sum(b_gh * b_A, axis=1)
 
-    p_dA = dA_parts + i_slot * (DSTATE * DIM) + o_nc
-    gl.store(p_dA, b_dA * b_A * LN_2, mask=m_nc)
+                b_gB = _sum_over_states(b_gB, o_i, LANES)  # (8, 4)
+                b_ghA = _sum_over_states(b_ghA, o_i, LANES)
+                b_ddelta = b_gB * xs.index(row).load(LANES) + b_ghA * LN_2
+                b_dx = b_dxs[STEPS - 1 - t] + b_gB * deltas.index(row).load(LANES)
+                b_dBC = _sum_over_channels(b_dB, b_dC, o_j, BY_SUM)  # (8, 4, REST)
+                is_inside = position - (STEPS - 1 - t) < end
+                o_pixel = o_pixels[STEPS - 1 - t]
+                if ENDS:
+                    gl.store(
+                        p_dx + o_pixel * DIM, b_dx.to(dx.dtype.element_ty), mask=m_c & is_inside
+                    )
+                else:
+                    gl.store(p_dx_sum + o_pixel * DIM, b_dx, mask=m_c & is_inside)
+                gl.store(p_delta + o_pixel * DIM, b_ddelta, mask=m_c & is_inside)
+                gl.store(p_dBC + o_pixel * (2 * DSTATE) + o_sum, b_dBC, mask=m_sum & is_inside)
+
+            _store_tile(
+                xs, dys, deltas, BCs, b_next_xs, b_next_dys, b_next_deltas, b_next_BCs,
+                i_tile * STEPS + STEPS - 1, STEPS,
+            )  # fmt: skip
+            position -= STEPS
+
+    gl.store(dA_parts + i_slot * (DSTATE * DIM) + o_nc, b_dA * b_A * LN_2, mask=m_nc)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -983,36 +1126,38 @@ def _walk_options(dim, dstate, rank, dtype, most_warps, most_channels) -> dict:
 
 
 @functools.lru_cache
-def _sweep_options(dim, dstate, rank, dtype, most_warps, substeps, steps) -> dict:
+def _sweep_options(dim, dstate, rank, dtype, substeps, steps) -> dict:
     """The constants of the kernel in which a thread owns a patch of states and channels."""
-    padded = max(2, triton.next_power_of_2(dstate))
-    num_warps = _warps(dim, most_warps)
-    layout = by_state = by_warp = by_lane = flat = shared = None
+    S = triton.cdiv(triton.next_power_of_2(dstate), 4)
+    rest = max(1, S // 4)
+    layout = by_state = by_channel = lanes = by_sum = by_rest = rows = states = None
     if not INTERPRETED.value:
-        lanes = min(4, padded)
-        patch = [padded // lanes, 1, lanes]
-        layout = gl.BlockedLayout(patch, [lanes, 1, 32 // lanes], [1, num_warps, 1], [2, 1, 0])
-        by_state = gl.SliceLayout(1, gl.SliceLayout(2, layout))
-        channels = gl.SliceLayout(0, layout)
-        by_warp, by_lane = gl.SliceLayout(1, channels), gl.SliceLayout(0, channels)
-        flat = gl.BlockedLayout([1], [32], [num_warps], [0])
-        shared = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
+        layout = gl.BlockedLayout([1, S, 1, 4], [4, 1, 8, 1], [1, 1, 1, 1], [3, 1, 0, 2])
+        by_state = gl.SliceLayout(2, gl.SliceLayout(3, layout))
+        by_channel = gl.SliceLayout(0, gl.SliceLayout(1, layout))
+        by_sum = gl.BlockedLayout([1, 1, rest], [8, 4, 1], [1, 1, 1], [2, 1, 0])
+        lanes = gl.SliceLayout(2, by_sum)
+        by_rest = gl.SliceLayout(0, gl.SliceLayout(1, by_sum))
+        rows = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+        states = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 0, 2, 1])
     return {
         "DIM": dim,
         "DSTATE": dstate,
         "RANK": rank,
-        "WARPS": num_warps,
-        "PADDED_DSTATE": padded,
+        "S": S,
+        "REST": rest,
         "SUBSTEPS": substeps,
         "STEPS": steps,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "LAYOUT": layout,
         "BY_STATE": by_state,
-        "BY_WARP": by_warp,
-        "BY_LANE": by_lane,
-        "FLAT": flat,
-        "SHARED": shared,
-        "num_warps": num_warps,
+        "BY_CHANNEL": by_channel,
+        "LANES": lanes,
+        "BY_SUM": by_sum,
+        "BY_REST": by_rest,
+        "SHARED_ROWS": rows,
+        "SHARED_STATES": states,
+        "num_warps": 1,
     }
 
 
@@ -1128,11 +1273,11 @@ def scan_2d_backward(
     length = height * width
     dstate, rank = A_logs.shape[1], dt_projs_weight.shape[2]
     walk = _walk_options(dim, dstate, rank, x.dtype, ADJOINT_WARPS, ADJOINT_CHANNELS)
-    sweep = _sweep_options(dim, dstate, rank, x.dtype, SWEEP_WARPS, SUBCHUNK, TILE)
+    sweep = _sweep_options(dim, dstate, rank, x.dtype, SUBCHUNK, TILE)
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     blocks = triton.cdiv(dim, walk["CHANNELS"])
     chunk_size, num_chunks = _chunks(length, blocks * batch, BACKWARD_PROGRAMS, SUBCHUNK)
-    sweep_blocks = triton.cdiv(dim, 32 * sweep["WARPS"])
+    sweep_blocks = triton.cdiv(dim, 32)
     num_subchunks = chunk_size // SUBCHUNK
     pixels, channels = PROJECTION_PIXELS, PROJECTION_CHANNELS
     if accumulator == torch.float64:
