@@ -73,10 +73,11 @@ def _scan_2d(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds):
 
     h = x_k.new_zeros(batch, 4, dim, dstate)
     ys = []
-    for t in range(height * width):
-        a = torch.exp(delta[:, :, t, :, None] * A)
-        h = a * h + (delta[:, :, t] * x_k[:, :, t])[..., None] * B[:, :, t, None]
-        ys.append(torch.einsum("bkdn,bkn->bkd", h, C[:, :, t]))
+    # Steps are split off all at once: the gradient of an index is a whole tensor for every step.
+    steps = (v.unbind(2) for v in (delta, delta * x_k, B, C))
+    for delta_t, u_t, B_t, C_t in zip(*steps, strict=True):
+        h = torch.exp(delta_t[..., None] * A) * h + u_t[..., None] * B_t[:, :, None]
+        ys.append(torch.einsum("bkdn,bkn->bkd", h, C_t))
     y = torch.stack(ys, dim=2) + D[:, None] * x_k  # (batch, 4, length, dim)
 
     y = sum(y[:, k, inverse[k]] for k in range(4))
