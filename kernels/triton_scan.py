@@ -54,13 +54,16 @@ BACKWARD_PROGRAMS = 1056
 FORWARD_WARPS, FORWARD_CHANNELS = 1, 2
 ADJOINT_WARPS, ADJOINT_CHANNELS = 1, 2
 SHORTEST_CHUNK = 32
+# Elements of x up to which the backward launches all directions at once, for seven times x.
+SMALL_MAP = 1 << 22
 # Positions of which the inputs are fetched together.
 FORWARD_GROUP = 4
 ADJOINT_GROUP = 4
 # Backward: a state is kept in memory every SUBCHUNK positions, in shared memory every TILE, and
 # in registers at each position of one TILE.
-SUBCHUNK = 32
+SUBCHUNK = 24
 TILE = 4
+SWEEP_FETCH = 1
 CARRY_AHEAD = 8
 PROJECTION_PIXELS = 64
 PROJECTION_CHANNELS = 32
@@ -270,8 +273,8 @@ def _chunk_state_kernel(
     dt_projs_weight,  # (4, DIM, RANK)
     dt_projs_bias,  # (4, DIM)
     A_logs,  # (4 * DIM, DSTATE)
-    states,  # (batch, 4, num_chunks, DSTATE, DIM), of which chunk i + 1 is written
-    delta_sums,  # (batch, 4, num_chunks, DIM)
+    states,  # (4, batch, num_chunks, DSTATE, DIM), of which chunk i + 1 is written
+    delta_sums,  # (4, batch, num_chunks, DIM)
     height,
     width,
     chunk_size,
@@ -345,7 +348,7 @@ def _chunk_state_kernel(
             b_sum += b_delta
         b_xs = b_next_xs
 
-    i_slot = (i_b * 4 + k) * num_chunks + i_chunk
+    i_slot = (k * gl.num_programs(2) + i_b) * num_chunks + i_chunk
     gl.store(delta_sums + i_slot * DIM + o_c, b_sum, mask=m_c)
     p_states = states + (i_slot + 1) * (DSTATE * DIM) + o_n[:, None] * DIM + o_c[None, :]
     gl.store(p_states, b_h, mask=(o_n < DSTATE)[:, None] & m_c[None, :])
@@ -354,37 +357,42 @@ def _chunk_state_kernel(
 @jit(do_not_specialize=SIZES)
 def _carry_kernel(
     A_logs,  # (4 * DIM, DSTATE)
-    states,  # (num_rows, num_chunks, DSTATE, DIM), in place
-    delta_sums,  # (num_rows, num_chunks, DIM)
+    states,  # (2 if WITH_ADJOINTS, DIRECTIONS, batch, num_chunks, DSTATE, DIM), in place
+    delta_sums,  # (DIRECTIONS, batch, num_chunks, DIM)
     num_chunks,
     k,
     DIM: tl.constexpr,
     DSTATE: tl.constexpr,
     CHANNELS: tl.constexpr,
     AHEAD: tl.constexpr,
-    BACKWARDS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    WITH_ADJOINTS: tl.constexpr,
     ACC: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
 ):
-    """Turn what each chunk adds into the state on entering it.
+    """Turn what each chunk adds into the state on entering it, for directions from k on.
 
-    `states` of chunk i holds what the chunk before it added (the one after, if BACKWARDS).
-    All rows belong to direction k or, if k is negative, to the four directions in turn.
+    `states` of chunk i holds what the chunk before it added. Adjoints, the second half, are
+    carried from the last chunk to the first: there chunk i holds what the chunk after it added.
     """
     i_n = gl.program_id(1)
-    i_row = gl.program_id(2)
+    i_set = gl.program_id(2)
+    num_rows = gl.num_programs(2)
+    if WITH_ADJOINTS:
+        num_rows = num_rows // 2
+    is_adjoint = i_set >= num_rows
+    i_row = i_set % num_rows
     o_c = gl.program_id(0) * CHANNELS + _arange(CHANNELS, BY_CHANNEL)
     m_c = o_c < DIM
-    direction = gl.where(k < 0, i_row % 4, k)
+    direction = k + i_row // (num_rows // DIRECTIONS)
     b_A = gl.load(A_logs + (direction * DIM + o_c) * DSTATE + i_n, mask=m_c, other=0.0).to(ACC)
     b_A = -_exp2(b_A * LOG2_E) * LOG2_E
-    base = i_row.to(gl.int64) * num_chunks
-    p_states = states + base * (DSTATE * DIM) + i_n * DIM + o_c
-    p_sums = delta_sums + base * DIM + o_c
+    p_states = states + i_set.to(gl.int64) * num_chunks * (DSTATE * DIM) + i_n * DIM + o_c
+    p_sums = delta_sums + i_row.to(gl.int64) * num_chunks * DIM + o_c
 
     b_h = _zeros_like(b_A)
-    first = gl.where(BACKWARDS, num_chunks - 1, 0)
-    sign = gl.where(BACKWARDS, -1, 1)
+    first = gl.where(is_adjoint, num_chunks - 1, 0)
+    sign = gl.where(is_adjoint, -1, 1)
     gl.store(p_states + first.to(gl.int64) * (DSTATE * DIM), b_h, mask=m_c)
     for i in range(0, num_chunks - 1, AHEAD):
         b_as = ()
@@ -467,7 +475,7 @@ def _output_kernel(
     dt_projs_bias,  # (4, DIM)
     A_logs,  # (4 * DIM, DSTATE)
     Ds,  # (4 * DIM)
-    states,  # (batch, 4, num_chunks, DSTATE, DIM): on entering each chunk
+    states,  # (4, batch, num_chunks, DSTATE, DIM): on entering each chunk
     y_sum,  # (batch, height, width, DIM), accumulates; may be y
     y,  # (batch, height, width, DIM), written by the last order
     height,
@@ -507,7 +515,7 @@ def _output_kernel(
     o_r = _arange(PADDED_RANK, BY_STATE)
     m_c = o_c < DIM
     o_image = i_b * length
-    i_slots = (i_b * 4 + ORDER) * num_chunks
+    batch = gl.num_programs(2)
     p_states = states + o_n[:, None] * DIM + o_c[None, :]
     m_nc = (o_n < DSTATE)[:, None] & m_c[None, :]
     b_D = _zeros_like(o_c).to(ACC)
@@ -523,7 +531,7 @@ def _output_kernel(
     b_W, b_bias, b_A = _load_direction(
         dt_projs_weight, dt_projs_bias, A_logs, ORDER, o_c, o_n, o_r, DIM, DSTATE, RANK, ACC
     )
-    o_states = (i_slots + i_chunk) * (DSTATE * DIM)
+    o_states = ((ORDER * batch + i_b) * num_chunks + i_chunk) * (DSTATE * DIM)
     b_h = gl.load(p_states + o_states, mask=m_nc, other=0.0)  # [N, CH]
     _walk_chunk(
         x, x_dbl, y_sum, y_sum, b_h, b_W, b_bias, b_A, b_D, o_image, first, count, ORDER,
@@ -536,7 +544,8 @@ def _output_kernel(
     b_W, b_bias, b_A = _load_direction(
         dt_projs_weight, dt_projs_bias, A_logs, ORDER + 2, o_c, o_n, o_r, DIM, DSTATE, RANK, ACC
     )
-    o_states = (i_slots + 3 * num_chunks - 1 - i_chunk) * (DSTATE * DIM)
+    i_slot = ((ORDER + 2) * batch + i_b + 1) * num_chunks - 1 - i_chunk
+    o_states = i_slot * (DSTATE * DIM)
     b_h = gl.load(p_states + o_states, mask=m_nc, other=0.0)
     if ORDER == 0:
         p_out = y_sum
@@ -557,12 +566,12 @@ def _adjoint_state_kernel(
     dt_projs_weight,  # (4, DIM, RANK)
     dt_projs_bias,  # (4, DIM)
     A_logs,  # (4 * DIM, DSTATE)
-    delta,  # (batch, height, width, DIM)
-    states,  # (batch, num_chunks, DSTATE, DIM), of which chunk i + 1 is written
-    adjoints,  # (batch, num_chunks, DSTATE, DIM), of which chunk i - 1 is written
-    delta_sums,  # (batch, num_chunks, DIM)
-    inner_states,  # (batch, num_chunks, num_subchunks, DSTATE, DIM)
-    inner_sums,  # (batch, num_chunks, num_subchunks, DIM)
+    delta,  # (DIRECTIONS, batch, height, width, DIM)
+    states,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM), of which chunk i + 1 is written
+    adjoints,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM), of which chunk i - 1 is written
+    delta_sums,  # (DIRECTIONS, batch, num_chunks, DIM)
+    inner_states,  # (DIRECTIONS, batch, num_chunks, num_subchunks, DSTATE, DIM)
+    inner_sums,  # (DIRECTIONS, batch, num_chunks, num_subchunks, DIM)
     dD_parts,  # (batch, num_chunks, DIM)
     height,
     width,
@@ -578,6 +587,7 @@ def _adjoint_state_kernel(
     PADDED_RANK: tl.constexpr,
     SUBSTEPS: tl.constexpr,
     STEPS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
     WITH_DD: tl.constexpr,
     ACC: tl.constexpr,
     LAYOUT: tl.constexpr,
@@ -587,7 +597,7 @@ def _adjoint_state_kernel(
     FETCH_N: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """Both chunk passes of one direction in one walk, and delta.
+    """Both chunk passes of a direction, k or one after it, in one walk, and delta.
 
     With P_t the product of a up to step t of the chunk, the adjoint that leaves the chunk at its
     front is sum_t P_t C_t dy_t: it needs no walk of its own from behind.
@@ -595,7 +605,10 @@ def _adjoint_state_kernel(
     ROW: tl.constexpr = RANK + 2 * DSTATE
     i_block = gl.program_id(0)
     i_chunk = gl.program_id(1)
-    i_b = gl.program_id(2).to(gl.int64)
+    batch = gl.num_programs(2) // DIRECTIONS
+    i_row = gl.program_id(2).to(gl.int64)
+    i_b = i_row % batch
+    k += gl.program_id(2) // batch
     length = height * width
     start = i_chunk * chunk_size
     count = gl.minimum(chunk_size, length - start)
@@ -612,11 +625,11 @@ def _adjoint_state_kernel(
     o_image = i_b * length * DIM
     p_x = x + o_image + o_c
     p_dy = dy + o_image + o_c
-    p_delta = delta + o_image + o_c
+    p_delta = delta + i_row * length * DIM + o_c
     p_r = x_dbl + i_b * length * (4 * ROW) + k * ROW
     p_B = p_r + RANK
     p_C = p_B + DSTATE
-    i_slot = i_b * num_chunks + i_chunk
+    i_slot = i_row * num_chunks + i_chunk
     rs = _SharedMemory(ACC, [PADDED_RANK, STEPS], SHARED)
     Bs = _SharedMemory(ACC, [PADDED_DSTATE, STEPS], SHARED)
     Cs = _SharedMemory(ACC, [PADDED_DSTATE, STEPS], SHARED)
@@ -672,7 +685,8 @@ def _adjoint_state_kernel(
     p_adjoints = adjoints + (i_slot - 1) * (DSTATE * DIM) + o_nc
     gl.store(p_adjoints, b_G, mask=m_nc & (i_chunk > 0))
     if WITH_DD:
-        gl.store(dD_parts + i_slot * DIM + o_c, b_dD, mask=m_c)
+        # D skips the scan: its gradient comes with direction 0, the same for all.
+        gl.store(dD_parts + i_slot * DIM + o_c, b_dD, mask=m_c & (k == 0))
 
 
 @jit
@@ -810,21 +824,22 @@ def _sweep_kernel(
     x_dbl,  # (batch, height, width, 4, RANK + 2 * DSTATE)
     A_logs,  # (4 * DIM, DSTATE)
     Ds,  # (4 * DIM)
-    delta,  # (batch, height, width, DIM), replaced by the gradient of the loss by delta
-    states,  # (batch, num_chunks, DSTATE, DIM): on entering each chunk
-    adjoints,  # (batch, num_chunks, DSTATE, DIM): on entering each chunk from behind
-    inner_states,  # (batch, num_chunks, num_subchunks, DSTATE, DIM): from zero at the chunk
-    inner_sums,  # (batch, num_chunks, num_subchunks, DIM)
-    dx_sum,  # (batch, height, width, DIM), accumulates; may be dx
+    delta,  # (DIRECTIONS, batch, height, width, DIM), replaced by the gradient of the loss by delta
+    states,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM): on entering each chunk
+    adjoints,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM): on entering each chunk from behind
+    inner_states,  # (DIRECTIONS, batch, num_chunks, num_subchunks, DSTATE, DIM): from zero at the chunk
+    inner_sums,  # (DIRECTIONS, batch, num_chunks, num_subchunks, DIM)
+    dx_sum,  # (DIRECTIONS, batch, height, width, DIM), accumulates over launches; may be dx
     dx,  # (batch, height, width, DIM), written by the last direction
-    dBC_parts,  # (blocks of channels, batch, height, width, 2 * DSTATE)
-    dA_parts,  # (batch, num_chunks, DSTATE, DIM)
+    dBC_parts,  # (blocks of channels, DIRECTIONS, batch, height, width, 2 * DSTATE)
+    dA_parts,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM)
     height,
     width,
     chunk_size,
     num_chunks,
     num_subchunks,
     k,
+    DIRECTIONS: tl.constexpr,
     BEGINS: tl.constexpr,
     ENDS: tl.constexpr,
     DIM: tl.constexpr,
@@ -834,6 +849,7 @@ def _sweep_kernel(
     REST: tl.constexpr,
     SUBSTEPS: tl.constexpr,
     STEPS: tl.constexpr,
+    FETCH: tl.constexpr,
     ACC: tl.constexpr,
     LAYOUT: tl.constexpr,
     BY_STATE: tl.constexpr,
@@ -857,7 +873,10 @@ def _sweep_kernel(
     TILES: tl.constexpr = SUBSTEPS // STEPS
     i_block = gl.program_id(0)
     i_chunk = gl.program_id(1)
-    i_b = gl.program_id(2).to(gl.int64)
+    batch = gl.num_programs(2) // DIRECTIONS
+    i_row = gl.program_id(2).to(gl.int64)
+    i_b = i_row % batch
+    k += gl.program_id(2) // batch
     length = height * width
     start = i_chunk * chunk_size
     end = gl.minimum(start + chunk_size, length)
@@ -878,8 +897,8 @@ def _sweep_kernel(
     o_image = i_b * length * DIM
     p_x = x + o_image + o_lane
     p_dy = dy + o_image + o_lane
-    p_delta = delta + o_image + o_lane
-    p_dx_sum = dx_sum + o_image + o_lane
+    p_delta = delta + i_row * length * DIM + o_lane
+    p_dx_sum = dx_sum + i_row * length * DIM + o_lane
     p_dx = dx + o_image + o_lane
     o_BC = _grid(8, S, LANES)
     m_BC = o_BC % (4 * S) < DSTATE
@@ -888,7 +907,7 @@ def _sweep_kernel(
     if BEGINS:
         b_D = _zeros_like(o_lane).to(ACC)
         for i in gl.static_range(4):
-            b_D += gl.load(Ds + i * DIM + o_lane, mask=m_c, other=0.0).to(ACC)
+            b_D += gl.load(Ds + i * DIM + o_lane, mask=m_c & (k == 0), other=0.0).to(ACC)
 
     # The sums over channels leave B's or C's in a lane by bit 2 of j, and bits 1 and 0 lead s.
     o_ji = _grid(8, 4, LANES)
@@ -897,9 +916,9 @@ def _sweep_kernel(
     o_sum = (o_ji % 4 * S)[:, :, None] + o_s
     m_sum = o_sum < DSTATE
     o_sum += (o_ji // 16 * DSTATE)[:, :, None]
-    p_dBC = dBC_parts + (i_block * gl.num_programs(2) + i_b) * length * (2 * DSTATE)
+    p_dBC = dBC_parts + (i_block * gl.num_programs(2) + i_row) * length * (2 * DSTATE)
 
-    i_slot = i_b * num_chunks + i_chunk
+    i_slot = i_row * num_chunks + i_chunk
     p_state = states + i_slot * (DSTATE * DIM) + o_nc
     b_g = gl.load(adjoints + i_slot * (DSTATE * DIM) + o_nc, mask=m_nc, other=0.0)
     b_dA = _zeros_like(b_A)
@@ -942,10 +961,6 @@ def _sweep_kernel(
 
         for j in range(TILES):
             i_tile = TILES - 1 - j
-            b_next_xs, b_next_dys, b_next_deltas, b_next_BCs, fetch_pixel, fetch_left = _fetch_tile(
-                p_x, p_dy, p_delta, p_BC, m_c, m_BC, fetch_pixel, fetch_left, line, step, jump,
-                position - SUBSTEPS, start, end, DIM, ROW, STEPS, ACC,
-            )  # fmt: skip
             o_pixels = ()
             b_dxs = ()
             for u in gl.static_range(STEPS):
@@ -974,6 +989,12 @@ def _sweep_kernel(
 
             for t in gl.static_range(STEPS - 1, -1, -1):
                 row = i_tile * STEPS + t
+                if (t + 1) % FETCH == 0:
+                    b_xs, b_dys, b_deltas, b_BCs, fetch_pixel, fetch_left = _fetch_tile(
+                        p_x, p_dy, p_delta, p_BC, m_c, m_BC, fetch_pixel, fetch_left,
+                        line, step, jump, position - (STEPS - 1 - t) - SUBSTEPS, start, end,
+                        DIM, ROW, FETCH, ACC,
+                    )  # fmt: skip
                 b_delta = deltas.index(row).load(BY_CHANNEL)
                 b_u = b_delta * xs.index(row).load(BY_CHANNEL)
                 b_dy = dys.index(row).load(BY_CHANNEL)[None, None, :, :]
@@ -1003,11 +1024,10 @@ def _sweep_kernel(
                     gl.store(p_dx_sum + o_pixel * DIM, b_dx, mask=m_c & is_inside)
                 gl.store(p_delta + o_pixel * DIM, b_ddelta, mask=m_c & is_inside)
                 gl.store(p_dBC + o_pixel * (2 * DSTATE) + o_sum, b_dBC, mask=m_sum & is_inside)
-
-            _store_tile(
-                xs, dys, deltas, BCs, b_next_xs, b_next_dys, b_next_deltas, b_next_BCs,
-                i_tile * STEPS + STEPS - 1, STEPS,
-            )  # fmt: skip
+                if t % FETCH == 0:
+                    _store_tile(
+                        xs, dys, deltas, BCs, b_xs, b_dys, b_deltas, b_BCs, row + FETCH - 1, FETCH
+                    )
             position -= STEPS
 
     gl.store(dA_parts + i_slot * (DSTATE * DIM) + o_nc, b_dA * b_A * LN_2, mask=m_nc)
@@ -1015,14 +1035,14 @@ def _sweep_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def _projection_kernel(
-    ddelta,  # (num_rows, DIM)
+    ddelta,  # (DIRECTIONS, num_rows, DIM)
     x_dbl,  # (num_rows, 4, RANK + 2 * DSTATE)
     dt_projs_weight,  # (4, DIM, RANK)
     dt_projs_bias,  # (4, DIM)
-    dBC_parts,  # (NUM_PARTS, num_rows, 2 * DSTATE)
+    dBC_parts,  # (NUM_PARTS, DIRECTIONS, num_rows, 2 * DSTATE)
     dx_dbl,  # (num_rows, 4, RANK + 2 * DSTATE)
-    dW_parts,  # (programs, DIM, RANK)
-    dbias_parts,  # (programs, DIM)
+    dW_parts,  # (DIRECTIONS, programs, DIM, RANK)
+    dbias_parts,  # (DIRECTIONS, programs, DIM)
     num_rows,
     k,
     DIM: tl.constexpr,
@@ -1038,6 +1058,8 @@ def _projection_kernel(
     """Back through softplus and the projection of delta, and the gradient of one row of x_dbl."""
     ROW: tl.constexpr = RANK + 2 * DSTATE
     i_p = tl.program_id(0)
+    i_k = tl.program_id(1)
+    k += i_k
     o_p = i_p.to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     o_r = tl.arange(0, PADDED_RANK)
     m_p = o_p < num_rows
@@ -1053,12 +1075,12 @@ def _projection_kernel(
         p_W = dt_projs_weight + o_kc[:, None] * RANK + o_r[None, :]
         b_W = tl.load(p_W, mask=m_cr, other=0.0).to(ACC)  # [CH, R]
         b_bias = tl.load(dt_projs_bias + o_kc, mask=m_c, other=0.0).to(ACC)
-        p_ddelta = ddelta + o_p[:, None] * DIM + o_c[None, :]
+        p_ddelta = ddelta + (i_k * num_rows.to(tl.int64) + o_p[:, None]) * DIM + o_c[None, :]
         b_ddelta = tl.load(p_ddelta, mask=m_p[:, None] & m_c[None, :], other=0.0)
         b_z = _dot(b_r, tl.trans(b_W)) + b_bias[None, :]
         b_dz = b_ddelta / (1.0 + tl.exp(-b_z))  # [PIXELS, CH]
         b_dr += _dot(b_dz, b_W)
-        o_part = i_p.to(tl.int64) * DIM + o_c
+        o_part = (i_k * tl.num_programs(0) + i_p).to(tl.int64) * DIM + o_c
         b_dW = _dot(tl.trans(b_dz), b_r)
         tl.store(dW_parts + o_part[:, None] * RANK + o_r[None, :], b_dW, mask=m_cr)
         tl.store(dbias_parts + o_part, tl.sum(b_dz, axis=0), mask=m_c)
@@ -1068,7 +1090,8 @@ def _projection_kernel(
     m_pn = m_p[:, None] & (o_n < 2 * DSTATE)[None, :]
     b_dBC = tl.zeros([PIXELS, 2 * PADDED_DSTATE], dtype=ACC)
     for i in range(NUM_PARTS):
-        o_pn = (i * num_rows.to(tl.int64) + o_p[:, None]) * (2 * DSTATE) + o_n[None, :]
+        i_part = (i * tl.num_programs(1) + i_k).to(tl.int64)
+        o_pn = (i_part * num_rows + o_p[:, None]) * (2 * DSTATE) + o_n[None, :]
         b_dBC += tl.load(dBC_parts + o_pn, mask=m_pn, other=0.0)
     p_dBC = dx_dbl + (o_p[:, None] * 4 + k) * ROW + RANK + o_n[None, :]
     tl.store(p_dBC, b_dBC.to(dx_dbl.dtype.element_ty), mask=m_pn)
@@ -1126,7 +1149,7 @@ def _walk_options(dim, dstate, rank, dtype, most_warps, most_channels) -> dict:
 
 
 @functools.lru_cache
-def _sweep_options(dim, dstate, rank, dtype, substeps, steps) -> dict:
+def _sweep_options(dim, dstate, rank, dtype, substeps, steps, fetch) -> dict:
     """The constants of the kernel in which a thread owns a patch of states and channels."""
     S = triton.cdiv(triton.next_power_of_2(dstate), 4)
     rest = max(1, S // 4)
@@ -1148,6 +1171,7 @@ def _sweep_options(dim, dstate, rank, dtype, substeps, steps) -> dict:
         "REST": rest,
         "SUBSTEPS": substeps,
         "STEPS": steps,
+        "FETCH": fetch,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "LAYOUT": layout,
         "BY_STATE": by_state,
@@ -1168,27 +1192,28 @@ def _chunks(length: int, programs: int, wanted: int, unit: int) -> tuple[int, in
     return chunk_size, triton.cdiv(length, chunk_size)
 
 
-def _carry(A_logs, states, delta_sums, k, backwards, options):
-    num_chunks, dstate, dim = states.shape[-3:]
-    num_rows = states.numel() // (num_chunks * dstate * dim)
+def _carry(A_logs, states, delta_sums, k, options):
+    directions, batch, num_chunks, dim = delta_sums.shape
+    with_adjoints = states.dim() == 6
     layout = None
     if not INTERPRETED.value:
-        layout = gl.BlockedLayout([1], [32], [options["num_warps"]], [0])
-    channels = 32 * options["num_warps"]
-    _carry_kernel[(triton.cdiv(dim, channels), dstate, num_rows)](
+        layout = gl.BlockedLayout([1], [32], [1], [0])
+    grid = (triton.cdiv(dim, 32), A_logs.shape[1], directions * batch * (1 + with_adjoints))
+    _carry_kernel[grid](
         A_logs,
         states,
         delta_sums,
         num_chunks,
         k,
         DIM=dim,
-        DSTATE=dstate,
-        CHANNELS=channels,
+        DSTATE=A_logs.shape[1],
+        CHANNELS=32,
         AHEAD=CARRY_AHEAD,
-        BACKWARDS=backwards,
+        DIRECTIONS=directions,
+        WITH_ADJOINTS=with_adjoints,
         ACC=options["ACC"],
         BY_CHANNEL=layout,
-        num_warps=options["num_warps"],
+        num_warps=1,
     )
 
 
@@ -1227,8 +1252,8 @@ def scan_2d_forward(
     chunk_size, num_chunks = _chunks(
         height * width, blocks * batch, FORWARD_PROGRAMS, SHORTEST_CHUNK
     )
-    states = x.new_empty(batch, 4, num_chunks, dstate, dim, dtype=accumulator)
-    delta_sums = x.new_empty(batch, 4, num_chunks, dim, dtype=accumulator)
+    states = x.new_empty(4, batch, num_chunks, dstate, dim, dtype=accumulator)
+    delta_sums = x.new_empty(4, batch, num_chunks, dim, dtype=accumulator)
     y = torch.empty_like(x)
     y_sum = y if x.dtype == accumulator else torch.empty_like(x, dtype=accumulator)
     inputs = x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs
@@ -1239,7 +1264,7 @@ def scan_2d_forward(
             _chunk_state_kernel[grid](
                 *inputs, states, delta_sums, *sizes, STEPS=FORWARD_GROUP, **options
             )
-        _carry(A_logs, states, delta_sums, -1, False, options)
+        _carry(A_logs, states, delta_sums, 0, options)
         for order in range(2):
             _output_kernel[(blocks, num_chunks, batch)](
                 *inputs, Ds, states, y_sum, y, *sizes, ORDER=order, STEPS=FORWARD_GROUP, **options
@@ -1273,12 +1298,14 @@ def scan_2d_backward(
     length = height * width
     dstate, rank = A_logs.shape[1], dt_projs_weight.shape[2]
     walk = _walk_options(dim, dstate, rank, x.dtype, ADJOINT_WARPS, ADJOINT_CHANNELS)
-    sweep = _sweep_options(dim, dstate, rank, x.dtype, SUBCHUNK, TILE)
+    sweep = _sweep_options(dim, dstate, rank, x.dtype, SUBCHUNK, TILE, SWEEP_FETCH)
     accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # On a small map launches take longer than the work: one for all directions.
+    directions = 4 if x.numel() <= SMALL_MAP else 1
     blocks = triton.cdiv(dim, walk["CHANNELS"])
     chunk_size, num_chunks = _chunks(length, blocks * batch, BACKWARD_PROGRAMS, SUBCHUNK)
-    sweep_blocks = triton.cdiv(dim, 32)
     num_subchunks = chunk_size // SUBCHUNK
+    sweep_blocks = triton.cdiv(dim, 32)
     pixels, channels = PROJECTION_PIXELS, PROJECTION_CHANNELS
     if accumulator == torch.float64:
         pixels, channels = 16, 16
@@ -1287,23 +1314,24 @@ def scan_2d_backward(
     def buffer(*shape):
         return x.new_empty(shape, dtype=accumulator)
 
-    delta = buffer(batch, height, width, dim)
-    states = buffer(batch, num_chunks, dstate, dim)
-    adjoints = buffer(batch, num_chunks, dstate, dim)
-    delta_sums = buffer(batch, num_chunks, dim)
+    delta = buffer(directions, batch, height, width, dim)
+    states = buffer(2, directions, batch, num_chunks, dstate, dim)
+    delta_sums = buffer(directions, batch, num_chunks, dim)
     # The partial sums of dW come when the inner states are done with.
-    inner_shape = batch, num_chunks, num_subchunks, dstate, dim
-    dW_shape = num_tiles, dim, rank
+    inner_shape = directions, batch, num_chunks, num_subchunks, dstate, dim
+    dW_shape = directions, num_tiles, dim, rank
     scratch = buffer(max(math.prod(inner_shape), math.prod(dW_shape)))
     inner_states = scratch[: math.prod(inner_shape)]
     dW_parts = scratch[: math.prod(dW_shape)].view(dW_shape)
-    inner_sums = buffer(batch, num_chunks, num_subchunks, dim)
-    dBC_parts = buffer(sweep_blocks, batch * length, 2 * dstate)
-    dA_parts = buffer(batch * num_chunks, dstate, dim)
+    inner_sums = buffer(directions, batch, num_chunks, num_subchunks, dim)
+    dBC_parts = buffer(sweep_blocks, directions, batch, length, 2 * dstate)
+    dA_parts = buffer(directions, batch * num_chunks, dstate, dim)
     dD_parts = buffer(batch * num_chunks, dim)
-    dbias_parts = buffer(num_tiles, dim)
+    dbias_parts = buffer(directions, num_tiles, dim)
     dx = torch.empty_like(x)
-    dx_sum = dx if x.dtype == accumulator else buffer(*x.shape)
+    dx_sum = dx
+    if directions > 1 or x.dtype != accumulator:
+        dx_sum = buffer(directions, *x.shape)
     dx_dbl = torch.empty_like(x_dbl)
     dW = torch.empty_like(dt_projs_weight)
     dbias = torch.empty_like(dt_projs_bias)
@@ -1312,20 +1340,19 @@ def scan_2d_backward(
     sizes = height, width, chunk_size, num_chunks, num_subchunks
     inputs = x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs
     with torch.cuda.device_of(x):
-        for k in range(4):
-            grid = (blocks, num_chunks, batch)
-            _adjoint_state_kernel[grid](
-                dy, *inputs, delta, states, adjoints, delta_sums, inner_states, inner_sums,
-                dD_parts, *sizes, k, SUBSTEPS=SUBCHUNK, STEPS=ADJOINT_GROUP,
+        for k in range(0, 4, directions):
+            _adjoint_state_kernel[(blocks, num_chunks, directions * batch)](
+                dy, *inputs, delta, *states, delta_sums, inner_states, inner_sums, dD_parts,
+                *sizes, k, DIRECTIONS=directions, SUBSTEPS=SUBCHUNK, STEPS=ADJOINT_GROUP,
                 WITH_DD=k == 0, **walk,
             )  # fmt: skip
-            _carry(A_logs, states, delta_sums, k, False, walk)
-            _carry(A_logs, adjoints, delta_sums, k, True, walk)
-            _sweep_kernel[(sweep_blocks, num_chunks, batch)](
-                dy, x, x_dbl, A_logs, Ds, delta, states, adjoints, inner_states, inner_sums,
-                dx_sum, dx, dBC_parts, dA_parts, *sizes, k, BEGINS=k == 0, ENDS=k == 3, **sweep,
+            _carry(A_logs, states, delta_sums, k, walk)
+            _sweep_kernel[(sweep_blocks, num_chunks, directions * batch)](
+                dy, x, x_dbl, A_logs, Ds, delta, *states, inner_states, inner_sums, dx_sum, dx,
+                dBC_parts, dA_parts, *sizes, k, DIRECTIONS=directions,
+                BEGINS=k == 0, ENDS=directions == 1 and k == 3, **sweep,
             )  # fmt: skip
-            _projection_kernel[(num_tiles,)](
+            _projection_kernel[(num_tiles, directions)](
                 delta,
                 x_dbl,
                 dt_projs_weight,
@@ -1347,8 +1374,12 @@ def scan_2d_backward(
                 ACC=walk["ACC"],
                 num_warps=4,
             )
-            dW[k] = dW_parts.sum(0)
-            dbias[k] = dbias_parts.sum(0)
-            dA_logs[k * dim : (k + 1) * dim] = dA_parts.sum(0).T
+            done = slice(k, k + directions)
+            torch.sum(dW_parts, 1, out=dW[done])
+            torch.sum(dbias_parts, 1, out=dbias[done])
+            dA = dA_parts.sum(1).transpose(1, 2)
+            dA_logs.view(4, dim, dstate)[done] = dA
+        if directions > 1:
+            torch.sum(dx_sum, 0, out=dx, dtype=x.dtype)
     dDs = dD_parts.sum(0).repeat(4)
     return dx, dx_dbl, dW, dbias, dA_logs, dDs
