@@ -6,6 +6,8 @@ float64 reference; a backend that fails the check gets no times. Random weights,
 
 import argparse
 import contextlib
+import functools
+import itertools
 import json
 import math
 import os
@@ -26,6 +28,7 @@ from torch import Tensor
 import kernels
 import models
 import utils
+from graphs import GraphedGradients
 from layers import SS2D
 
 GROUPS = ("operator", "block", "network", "scaling", "training", "codec")
@@ -211,14 +214,15 @@ def bench_block(bench: Bench, backends: Sequence[str]) -> None:
     for shape in shapes:
         block = SS2D(256).to(bench.device)
         u = torch.randn(*shape, 256, device=bench.device, requires_grad=True)
+        forward = functools.partial(block, u)
         label = "x".join(map(str, shape))
         for backend in backends:
             if backend == "reference" and cuda:
                 continue
             with automatic_backend(backend):
                 with torch.no_grad():
-                    bench.run("block", f"SS2D 256 {label} forward", backend, lambda: block(u))
-                both = backward_pass(lambda: block(u), [u, *block.parameters()])
+                    bench.run("block", f"SS2D 256 {label} forward", backend, forward)
+                both = backward_pass(forward, [u, *block.parameters()])
                 bench.run("block", f"SS2D 256 {label} fwd+bwd", backend, both)
 
 
@@ -265,44 +269,56 @@ def bench_scaling(bench: Bench) -> None:
 
 
 def bench_training(bench: Bench) -> None:
-    """One optimiser step on a batch of 256x256 crops, without data loading."""
+    """One optimiser step on a batch of crops, without data loading; on a GPU also graphed."""
     cuda = bench.device.type == "cuda"
-    for batch, amp in ((8, False), (8, True), (16, False), (16, True)) if cuda else ((1, False),):
-        model = network(bench).train()
-        parameters = [p for name, p in model.named_parameters() if not name.endswith("quantiles")]
-        optimizer = torch.optim.Adam(parameters, lr=1e-4)
-        criterion = RateDistortionLoss(lmbda=0.013)
+    cases = (
+        itertools.product((8, 16), (False, True), (False, True)) if cuda else [(1, False, False)]
+    )
+    for batch, amp, graphed in cases:
         side = 256 if cuda else 64
-        x = torch.rand(batch, 3, side, side, device=bench.device)
-
-        def step(model=model, parameters=parameters, optimizer=optimizer, x=x, amp=amp) -> None:
-            optimizer.zero_grad()
-            with torch.autocast(bench.device.type, torch.bfloat16, enabled=amp):
-                output = model(x)
-            output["x_hat"] = output["x_hat"].float()
-            criterion(output, x)["loss"].backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-
+        step = training_step(network(bench), batch, side, amp, graphed)
         name = f"step {batch}x{side}x{side} {'bf16' if amp else 'float32'}"
-        bench.run("training", name, "auto", step)
+        bench.run("training", name + (" graph" if graphed else ""), "auto", step)
+
+
+def training_step(
+    model: models.SliceHyperprior, batch: int, side: int, amp: bool, graphed: bool
+) -> Callable[[], None]:
+    """A step of Adam as `train.py` takes it, on random pictures."""
+    parameters = [p for name, p in model.train().named_parameters() if "quantiles" not in name]
+    optimizer = torch.optim.Adam(parameters, lr=1e-4)
+    criterion = RateDistortionLoss(lmbda=0.013)
+    device = parameters[0].device
+    x = torch.rand(batch, 3, side, side, device=device)
+
+    def gradients(x: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            output = model(x)
+        output["x_hat"] = output["x_hat"].float()
+        loss = criterion(output, x)["loss"]
+        loss.backward()
+        return loss.detach()
+
+    if graphed:
+        gradients = GraphedGradients(gradients, parameters, x)
+
+    def step() -> None:
+        gradients(x)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def bench_codec(bench: Bench) -> None:
     model = network(bench)
     x = picture(512, 768, bench.device)
-    for exact in (True, False):
-        mode = "exact" if exact else "fast"
-        bench.run(
-            "codec", f"compress 512x768 {mode}", "auto", lambda: model.compress(x, exact=exact)
-        )
-        stream = model.compress(x, exact=exact)
-        bench.run(
-            "codec",
-            f"decompress 512x768 {mode}",
-            "auto",
-            lambda: model.decompress(**stream, exact=exact),
-        )
+    for exact, mode in ((True, "exact"), (False, "fast")):
+        encode = functools.partial(model.compress, x, exact=exact)
+        decode = functools.partial(model.decompress, **encode(), exact=exact)
+        bench.run("codec", f"compress 512x768 {mode}", "auto", encode)
+        bench.run("codec", f"decompress 512x768 {mode}", "auto", decode)
     if bench.device.type == "cpu":
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
         print(f"codec: peak memory of the process {peak:.0f} MiB")
