@@ -32,7 +32,8 @@ from numba.core.datamodel import models
 from numba.extending import intrinsic, overload, register_model
 from torch import Tensor
 
-CHANNELS = 64  # of one job; the last block of a dim that is no multiple of it is padded
+FORWARD_CHANNELS = 64  # of one job, at most; the last block of a dim that is no multiple is padded
+BACKWARD_CHANNELS = 128
 STEPS = 16  # of one chunk
 UNROLL = 4  # states, ranks or steps handled together; states and ranks are padded to a multiple
 SMALL = 1 << 18  # state updates below which waking other threads costs more than it saves
@@ -315,7 +316,7 @@ def _load_chunk(
     """Read `steps` pixels from step `start` of direction k of one image.
 
     x (length, dim), x_dbl (length, 4, rank + 2 dstate). Filled are pixels (STEPS), r (STEPS,
-    ranks), B and C (STEPS, states) and, with channels first : first + size, xs (STEPS, CHANNELS).
+    ranks), B and C (STEPS, states) and, with channels first : first + size, xs (STEPS, channels).
     """
     for t in range(steps):
         p = _pixel(k, start + t, height, width)
@@ -330,7 +331,7 @@ def _load_chunk(
 
 
 @_jit
-def _prefetch_chunk(k, start, height, width, first, x_dbl, images):
+def _prefetch_chunk(k, start, height, width, first, size, x_dbl, images):
     """Fetch a chunk's part of x_dbl and of `images` (length, dim) while another one is scanned.
 
     The loads of a chunk are too short, and too far apart in the column-major directions, for the
@@ -342,17 +343,17 @@ def _prefetch_chunk(k, start, height, width, first, x_dbl, images):
         for i in range(0, x_dbl.shape[2] + line - 1, line):
             _prefetch(x_dbl, (p, k, i))
         for image in images:
-            for c in range(0, CHANNELS, line):
+            for c in range(0, size, line):
                 _prefetch(image, (p, first + c))
 
 
 @_jit
 def _project(W, bias, r, z):
-    """Set z (STEPS, CHANNELS), delta before its softplus, to W r + bias.
+    """Set z (STEPS, channels), delta before its softplus, to W r + bias.
 
-    W (ranks, CHANNELS), r (STEPS, ranks), bias (CHANNELS).
+    W (ranks, channels), r (STEPS, ranks), bias (channels).
     """
-    for c in range(0, CHANNELS, VECTOR_BYTES // z.itemsize):
+    for c in range(0, W.shape[1], VECTOR_BYTES // z.itemsize):
         for t in range(0, STEPS, 4):
             w = _load(W, (0, c))
             z0, z1, z2, z3 = w * r[t, 0], w * r[t + 1, 0], w * r[t + 2, 0], w * r[t + 3, 0]
@@ -371,9 +372,9 @@ def _project(W, bias, r, z):
 
 @_jit
 def _scan_chunk(steps, A, delta, u, B, C, h, y):
-    """Advance the states h (states, CHANNELS) over a chunk and add C . h to y (STEPS, CHANNELS)."""
+    """Advance the states h (states, channels) over a chunk and add C . h to y (STEPS, channels)."""
     for n in range(0, A.shape[0], 4):
-        for c in range(0, CHANNELS, VECTOR_BYTES // h.itemsize):
+        for c in range(0, h.shape[1], VECTOR_BYTES // h.itemsize):
             A0, A1 = _load(A, (n, c)), _load(A, (n + 1, c))
             A2, A3 = _load(A, (n + 2, c)), _load(A, (n + 3, c))
             h0, h1 = _load(h, (n, c)), _load(h, (n + 1, c))
@@ -394,9 +395,9 @@ def _scan_chunk(steps, A, delta, u, B, C, h, y):
 
 @_jit
 def _advance_chunk(steps, A, delta, u, B, h, h_next):
-    """h_next (states, CHANNELS): the states h advanced over a chunk."""
+    """h_next (states, channels): the states h advanced over a chunk."""
     for n in range(0, A.shape[0], 2):
-        for c in range(0, CHANNELS, VECTOR_BYTES // h.itemsize):
+        for c in range(0, h.shape[1], VECTOR_BYTES // h.itemsize):
             A0, A1 = _load(A, (n, c)), _load(A, (n + 1, c))
             h0, h1 = _load(h, (n, c)), _load(h, (n + 1, c))
             for t in range(steps):
@@ -409,16 +410,16 @@ def _advance_chunk(steps, A, delta, u, B, h, h_next):
 
 @_jit
 def _sweep_chunk(steps, A, delta, u, B, C, dy, h, g, du, ddelta, dA, dB, dC, work):
-    """Walk backwards over a chunk that began with the states h (states, CHANNELS).
+    """Walk backwards over a chunk that began with the states h (states, channels).
 
-    g (states, CHANNELS) is a_{t+1} dL/dh_{t+1} on entry, of the step after the chunk, and becomes
-    a_t dL/dh_t of its first step. du and ddelta (STEPS, CHANNELS) and dA (states, CHANNELS) are
+    g (states, channels) is a_{t+1} dL/dh_{t+1} on entry, of the step after the chunk, and becomes
+    a_t dL/dh_t of its first step. du and ddelta (STEPS, channels) and dA (states, channels) are
     added to; ddelta lacks a factor ln(2), because A has one of log2(e). dB and dC (STEPS, states)
-    are set. work (4, 2 STEPS, CHANNELS) keeps a, h and the terms of dB and dC of two states.
+    are set. work (4, 2 STEPS, lanes) keeps a, h and the terms of dB and dC of two states.
     """
     a_s, h_s, dB_s, dC_s = work[0], work[1], work[2], work[3]
     for n in range(0, A.shape[0], 2):
-        for c in range(0, CHANNELS, VECTOR_BYTES // h.itemsize):
+        for c in range(0, h.shape[1], VECTOR_BYTES // h.itemsize):
             A0, A1 = _load(A, (n, c)), _load(A, (n + 1, c))
             h0, h1 = _load(h, (n, c)), _load(h, (n + 1, c))
             for t in range(steps):
@@ -467,14 +468,14 @@ def _sweep_chunk(steps, A, delta, u, B, C, dy, h, g, du, ddelta, dA, dB, dC, wor
 
 @_jit
 def _sweep_projection(steps, W, r, dz, dr, dW, dbias):
-    """dr (STEPS, ranks) is set, dW (ranks, CHANNELS) and dbias (CHANNELS) are added to."""
-    for c in range(0, CHANNELS, VECTOR_BYTES // r.itemsize):
+    """dr (STEPS, ranks) is set, dW (ranks, channels) and dbias (channels) are added to."""
+    for c in range(0, W.shape[1], VECTOR_BYTES // r.itemsize):
         total = _load(dbias, (c,))
         for t in range(steps):
             total += _load(dz, (t, c))
         _store(dbias, (c,), total)
     for i in range(0, W.shape[0], 4):
-        for c in range(0, CHANNELS, VECTOR_BYTES // r.itemsize):
+        for c in range(0, W.shape[1], VECTOR_BYTES // r.itemsize):
             s0, s1 = _load(dW, (i, c)), _load(dW, (i + 1, c))
             s2, s3 = _load(dW, (i + 2, c)), _load(dW, (i + 3, c))
             for t in range(steps):
@@ -492,7 +493,7 @@ def _sweep_projection(steps, W, r, dz, dr, dW, dbias):
             s0, s1 = d * _load(W, (i, 0)), d * _load(W, (i + 1, 0))
             s2, s3 = d * _load(W, (i + 2, 0)), d * _load(W, (i + 3, 0))
             lanes = VECTOR_BYTES // r.itemsize
-            for c in range(lanes, CHANNELS, lanes):
+            for c in range(lanes, W.shape[1], lanes):
                 d = _load(dz, (t, c))
                 s0 += d * _load(W, (i, c))
                 s1 += d * _load(W, (i + 1, c))
@@ -507,19 +508,20 @@ def _forward_block(image, block, height, width, dstate, rank, x, x_dbl, W, bias,
     """Scan one block of channels of one image in all four directions, adding into y.
 
     x, y (batch, length, dim); x_dbl (batch, length, 4, rank + 2 dstate); W (4, blocks, ranks,
-    CHANNELS); bias, D (4, blocks, CHANNELS); A (4, blocks, states, CHANNELS), times log2(e).
+    channels); bias, D (4, blocks, channels); A (4, blocks, states, channels), times log2(e).
     """
     length, dim = x.shape[1:]
-    first = block * CHANNELS
-    size = min(CHANNELS, dim - first)
+    channels = W.shape[3]
+    first = block * channels
+    size = min(channels, dim - first)
     states = A.shape[2]
     x, x_dbl, y = x[image], x_dbl[image], y[image]
     pixels = np.empty(STEPS, np.int64)
     r = np.zeros((STEPS, W.shape[2]), x.dtype)
     B, C = np.zeros((STEPS, states), x.dtype), np.zeros((STEPS, states), x.dtype)
-    xs, ys = np.zeros((STEPS, CHANNELS), x.dtype), np.empty((STEPS, CHANNELS), x.dtype)
-    delta, u = np.empty((STEPS, CHANNELS), x.dtype), np.empty((STEPS, CHANNELS), x.dtype)
-    h = np.empty((states, CHANNELS), x.dtype)
+    xs, ys = np.zeros((STEPS, channels), x.dtype), np.empty((STEPS, channels), x.dtype)
+    delta, u = np.empty((STEPS, channels), x.dtype), np.empty((STEPS, channels), x.dtype)
+    h = np.empty((states, channels), x.dtype)
     for k in range(4):
         h[:] = 0
         for start in range(0, length, STEPS):
@@ -530,12 +532,12 @@ def _forward_block(image, block, height, width, dstate, rank, x, x_dbl, W, bias,
             )  # fmt: skip
             _project(W[k, block], bias[k, block], r, delta)
             for t in range(steps):
-                for c in range(0, CHANNELS, VECTOR_BYTES // x.itemsize):
+                for c in range(0, channels, VECTOR_BYTES // x.itemsize):
                     d, x_t = _softplus(_load(delta, (t, c)))[0], _load(xs, (t, c))
                     _store(delta, (t, c), d)
                     _store(u, (t, c), d * x_t)
                     _store(ys, (t, c), x_t * _load(D, (k, block, c)))
-            _prefetch_chunk(k, start + STEPS, height, width, first, x_dbl, (x, y))
+            _prefetch_chunk(k, start + STEPS, height, width, first, size, x_dbl, (x, y))
             _scan_chunk(steps, A[k, block], delta, u, B, C, h, ys)
             for t in range(steps):
                 p = pixels[t]
@@ -558,8 +560,9 @@ def _backward_block(
     shapes of W, bias, A and D after a leading batch, are set. dA is that of A without log2(e).
     """
     length, dim = x.shape[1:]
-    first = block * CHANNELS
-    size = min(CHANNELS, dim - first)
+    channels = W.shape[3]
+    first = block * channels
+    size = min(channels, dim - first)
     states, ranks = A.shape[2], W.shape[2]
     chunks = (length + STEPS - 1) // STEPS
     ln2 = x.dtype.type(math.log(2))
@@ -569,20 +572,20 @@ def _backward_block(
     r, dr = np.zeros((STEPS, ranks), x.dtype), np.empty((STEPS, ranks), x.dtype)
     B, C = np.zeros((STEPS, states), x.dtype), np.zeros((STEPS, states), x.dtype)
     dB, dC = np.empty((STEPS, states), x.dtype), np.empty((STEPS, states), x.dtype)
-    xs, dys = np.zeros((STEPS, CHANNELS), x.dtype), np.zeros((STEPS, CHANNELS), x.dtype)
-    delta, slope = np.empty((STEPS, CHANNELS), x.dtype), np.empty((STEPS, CHANNELS), x.dtype)
-    u, du = np.empty((STEPS, CHANNELS), x.dtype), np.empty((STEPS, CHANNELS), x.dtype)
-    ddelta = np.empty((STEPS, CHANNELS), x.dtype)
+    xs, dys = np.zeros((STEPS, channels), x.dtype), np.zeros((STEPS, channels), x.dtype)
+    delta, slope = np.empty((STEPS, channels), x.dtype), np.empty((STEPS, channels), x.dtype)
+    u, du = np.empty((STEPS, channels), x.dtype), np.empty((STEPS, channels), x.dtype)
+    ddelta = np.empty((STEPS, channels), x.dtype)
     work = np.empty((4, 2 * STEPS, VECTOR_BYTES // x.itemsize), x.dtype)
-    g = np.zeros((states, CHANNELS), x.dtype)
+    g = np.zeros((states, channels), x.dtype)
     # Sums over all pixels are formed in two levels, which keeps their rounding errors small.
-    chunk_dA, chunk_dW = np.empty((states, CHANNELS), x.dtype), np.empty((ranks, CHANNELS), x.dtype)
-    chunk_dbias, chunk_dD = np.empty(CHANNELS, x.dtype), np.empty(CHANNELS, x.dtype)
+    chunk_dA, chunk_dW = np.empty((states, channels), x.dtype), np.empty((ranks, channels), x.dtype)
+    chunk_dbias, chunk_dD = np.empty(channels, x.dtype), np.empty(channels, x.dtype)
     dA, dW, dbias, dD = (
         dA[image, k, block], dW[image, k, block], dbias[image, k, block], dD[image, k, block]
     )  # fmt: skip
     dA[:], dW[:], dbias[:], dD[:] = 0, 0, 0, 0
-    starts = np.empty((chunks + 1, states, CHANNELS), x.dtype)
+    starts = np.empty((chunks + 1, states, channels), x.dtype)
     starts[0] = 0
     for i in range(2 * chunks):
         forward = i < chunks
@@ -594,17 +597,17 @@ def _backward_block(
         )  # fmt: skip
         _project(W, bias, r, delta)
         for t in range(steps):
-            for c in range(0, CHANNELS, VECTOR_BYTES // x.itemsize):
+            for c in range(0, channels, VECTOR_BYTES // x.itemsize):
                 d, s = _softplus(_load(delta, (t, c)))
                 _store(delta, (t, c), d)
                 _store(slope, (t, c), s)
                 _store(u, (t, c), d * _load(xs, (t, c)))
         if forward:
-            _prefetch_chunk(k, (chunk + 1) * STEPS, height, width, first, x_dbl, (x,))
+            _prefetch_chunk(k, (chunk + 1) * STEPS, height, width, first, size, x_dbl, (x,))
             _advance_chunk(steps, A, delta, u, B, starts[chunk], starts[chunk + 1])
             continue
 
-        _prefetch_chunk(k, (chunk - 1) * STEPS, height, width, first, x_dbl, (x, dy, dx))
+        _prefetch_chunk(k, (chunk - 1) * STEPS, height, width, first, size, x_dbl, (x, dy, dx))
         for t in range(steps):
             for c in range(size):
                 dys[t, c] = dy[pixels[t], first + c]
@@ -613,7 +616,7 @@ def _backward_block(
             steps, A, delta, u, B, C, dys, starts[chunk], g, du, ddelta, chunk_dA, dB, dC, work
         )
         for t in range(steps):
-            for c in range(0, CHANNELS, VECTOR_BYTES // x.itemsize):
+            for c in range(0, channels, VECTOR_BYTES // x.itemsize):
                 dy_t, x_t, du_t = _load(dys, (t, c)), _load(xs, (t, c)), _load(du, (t, c))
                 dz = (_load(ddelta, (t, c)) * ln2 + du_t * x_t) * _load(slope, (t, c))
                 _store(ddelta, (t, c), dz)
@@ -665,11 +668,11 @@ def _run(function: Callable, jobs: Sequence[tuple[int, ...]], args: tuple, updat
         other.result()
 
 
-def _split(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """(4, dim, size) as (4, blocks, size padded to UNROLL, CHANNELS), the missing filled with 0."""
+def _split(parameter: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
+    """(4, dim, size) as (4, blocks, size padded to UNROLL, channels), the missing filled with 0."""
     _, dim, size = parameter.shape
-    padded = F.pad(parameter.to(dtype), (0, -size % UNROLL, 0, -dim % CHANNELS))
-    return padded.unflatten(1, (-1, CHANNELS)).transpose(2, 3).contiguous()
+    padded = F.pad(parameter.to(dtype), (0, -size % UNROLL, 0, -dim % channels))
+    return padded.unflatten(1, (-1, channels)).transpose(2, 3).contiguous()
 
 
 def _join(blocks: Tensor, dim: int, size: int) -> Tensor:
@@ -680,22 +683,23 @@ def _join(blocks: Tensor, dim: int, size: int) -> Tensor:
 class _Problem:
     """The arguments of a scan as the compiled functions want them."""
 
-    def __init__(self, *tensors: Tensor):
+    def __init__(self, channels: int, *tensors: Tensor):
         x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds = (t.detach() for t in tensors)
         self.batch, self.height, self.width, self.dim = x.shape
         self.rank, self.dstate = dt_projs_weight.shape[2], A_logs.shape[1]
         self.dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.blocks = -(-self.dim // CHANNELS)
+        channels = min(channels, -(-self.dim // 16) * 16)  # whole vectors of any type
+        self.blocks = -(-self.dim // channels)
         self.updates = 4 * x.numel() * self.dstate
         self.A = -A_logs.to(self.dtype).exp().view(4, self.dim, self.dstate)
         self.sizes = (self.height, self.width, self.dstate, self.rank)
         self.inputs = (
             self.image(x),
             self.image(x_dbl),
-            _split(dt_projs_weight, self.dtype).numpy(),
-            _split(dt_projs_bias[..., None], self.dtype)[:, :, 0].contiguous().numpy(),
-            _split(self.A * LOG2E, self.dtype).numpy(),
-            _split(Ds.view(4, self.dim, 1), self.dtype)[:, :, 0].contiguous().numpy(),
+            _split(dt_projs_weight, self.dtype, channels).numpy(),
+            _split(dt_projs_bias[..., None], self.dtype, channels)[:, :, 0].contiguous().numpy(),
+            _split(self.A * LOG2E, self.dtype, channels).numpy(),
+            _split(Ds.view(4, self.dim, 1), self.dtype, channels)[:, :, 0].contiguous().numpy(),
         )
 
     def image(self, x: Tensor) -> np.ndarray:
@@ -711,7 +715,7 @@ def scan_2d_forward(
     Ds: Tensor,
 ) -> Tensor:
     """`kernels.reference.scan_2d` for CPU tensors, without gradients."""
-    problem = _Problem(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds)
+    problem = _Problem(FORWARD_CHANNELS, x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds)
     y = torch.empty(x.shape, dtype=problem.dtype)
     jobs = [(i, j) for i in range(problem.batch) for j in range(problem.blocks)]
     args = (*problem.sizes, *problem.inputs, problem.image(y))
@@ -733,7 +737,7 @@ def scan_2d_backward(
     Each running job holds the states at the start of every chunk: dstate / STEPS times what its
     block of channels takes in `x`.
     """
-    problem = _Problem(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds)
+    problem = _Problem(BACKWARD_CHANNELS, x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds)
     batch, dim, blocks = problem.batch, problem.dim, problem.blocks
     dx = torch.zeros(x.shape, dtype=problem.dtype)
     dx_dbl = torch.zeros(x_dbl.shape, dtype=problem.dtype)

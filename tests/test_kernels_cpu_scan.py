@@ -33,7 +33,7 @@ SHAPES = [
     pytest.param((1, 1, 17, 64, 16, 4), id="one-row-one-past-a-chunk"),
     pytest.param((2, 15, 1, 64, 1, 1), id="one-column-one-state-one-short-of-a-chunk"),
     pytest.param((1, 4, 8, 128, 8, 8), id="whole-chunks-two-blocks"),
-    pytest.param((3, 3, 5, 96, 16, 6), id="batch-of-three-and-half-a-block"),
+    pytest.param((3, 3, 5, 160, 16, 6), id="batch-of-three-and-part-of-a-block"),
     pytest.param((1, 7, 13, 65, 3, 5), id="primes-and-one-channel-past-a-block"),
     pytest.param((1, 5, 6, 768, 16, 24), id="more-blocks-than-directions"),
 ]
