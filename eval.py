@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,13 +45,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def clock(device: torch.device) -> float:
-    """Seconds, once the device has finished what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 @torch.inference_mode()
 def evaluate_image(
     model: SliceHyperprior, fingerprint: bytes, x: Tensor, estimate: bool, exact: bool
@@ -65,22 +57,22 @@ def evaluate_image(
         DataError: the decoded stream and the estimate reconstruct different pictures.
     """
     height, width = x.shape[-2:]
-    start = clock(x.device)
+    start = utils.clock(x.device)
     output = model(x)
-    forward_time = clock(x.device) - start
+    forward_time = utils.clock(x.device) - start
     estimated_bpp = utils.estimated_bpp(output["likelihoods"], height * width)
     x_hat = output["x_hat"].clamp(0, 1)
     row = {"width": width, "height": height, "estimated-bpp": estimated_bpp}
     if estimate:
         row |= {"bpp": estimated_bpp, "forward_time": forward_time}
     else:
-        start = clock(x.device)
+        start = utils.clock(x.device)
         stream = container.pack_picture(model.compress(x, exact=exact), fingerprint, exact)
-        encoded = clock(x.device)
+        encoded = utils.clock(x.device)
         x_hat_real = model.decompress(**container.unpack_picture(stream, fingerprint), exact=exact)[
             "x_hat"
         ]
-        decoded = clock(x.device)
+        decoded = utils.clock(x.device)
         gap = utils.psnr(x_hat_real, x) - utils.psnr(x_hat, x)
         if not abs(gap) <= MAX_PSNR_GAP:
             raise utils.DataError(

@@ -29,6 +29,8 @@ class GraphedGradients:
         parameters: Sequence[Parameter],
         example: Tensor,
     ):
+        # A replay reads and writes the memory of all that the function refers to.
+        self.function = function
         self.batch = example.clone()
         self.graph = torch.cuda.CUDAGraph()
         random_state = torch.cuda.get_rng_state(example.device)

@@ -26,7 +26,7 @@ __all__ = ["SliceHyperprior"]
 # Buffers whose size depends on training, not on the architecture.
 _TABLES = ("_quantized_cdf", "_cdf_length", "_offset", "scale_table")
 
-# The modules and device of each model's entropy path, its float64 copy and the copy's tensors.
+# The modules and device of each model's entropy path, its float64 copy and the copy's values.
 _exact_slices: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
@@ -112,7 +112,7 @@ class SliceHyperprior(CompressionModel):
             return self.slices
         slices = self.slices
         modules, device = list(slices.modules())[1:], self.entropy_bottleneck.quantiles.device
-        known, known_device, exact_slices, copies = _exact_slices.get(self, ([], None, None, []))
+        known, known_device, exact_slices, values = _exact_slices.get(self, ([], None, None, None))
         if device != known_device or not (
             len(known) == len(modules) and all(map(operator.is_, known, modules))
         ):
@@ -120,10 +120,10 @@ class SliceHyperprior(CompressionModel):
             with torch.inference_mode(False), torch.no_grad():
                 exact_slices = copy.deepcopy(slices).double()
                 multiply_convolutions(exact_slices)
-            copies = _tensors(list(exact_slices.modules())[1:])
-            _exact_slices[self] = modules, device, exact_slices, copies
+                values = _join(_tensors(list(exact_slices.modules())[1:]))
+            _exact_slices[self] = modules, device, exact_slices, values
         # Copying the modules takes ten times as long as copying the values, which may have changed.
-        torch._foreach_copy_(copies, _tensors(modules))
+        values.copy_(torch.cat([tensor.flatten() for tensor in _tensors(modules)]))
         return exact_slices
 
     @torch.no_grad()
@@ -272,9 +272,19 @@ class SliceHyperprior(CompressionModel):
 
 
 def _tensors(modules: Sequence[torch.nn.Module]) -> list[Tensor]:
-    """Parameters and buffers of these modules themselves, in order."""
+    """Floating-point parameters and buffers of these modules themselves, in order."""
     stores = (store for m in modules for store in (m._parameters, m._buffers))
-    return [tensor for store in stores for tensor in store.values() if tensor is not None]
+    tensors = (tensor for store in stores for tensor in store.values())
+    return [t for t in tensors if t is not None and t.is_floating_point()]
+
+
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    """Make the tensors views of one, which is returned: their values, flat, one after another."""
+    values = torch.cat([tensor.flatten() for tensor in tensors])
+    parts = values.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.data = part.view(tensor.shape)
+    return values
 
 
 def _plain_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

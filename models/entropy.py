@@ -114,9 +114,12 @@ class _ProductConv2d(nn.Conv2d):
     """A convolution of stride 1 as one matrix product."""
 
     def forward(self, x: Tensor) -> Tensor:
-        columns = F.unfold(x, self.kernel_size, padding=self.padding)  # (batch, C * k * k, h * w)
-        y = self.weight.flatten(1) @ columns + self.bias[:, None]
-        return y.unflatten(-1, x.shape[-2:])
+        if self.kernel_size == (1, 1):
+            columns = x.flatten(2)  # (batch, C * k * k, h * w)
+        else:
+            columns = F.unfold(x, self.kernel_size, padding=self.padding)
+        weight = self.weight.flatten(1).expand(len(x), -1, -1)
+        return torch.baddbmm(self.bias[:, None], weight, columns).unflatten(-1, x.shape[-2:])
 
 
 def multiply_convolutions(module: nn.Module) -> None:
@@ -214,10 +217,13 @@ class LatentEncoder(_LatentCoder):
         log_boundaries = self.boundaries.log()
         last = len(log_boundaries) - 1
         # An index lies between boundary index - 1 below it and boundary index above it.
-        return torch.minimum(
-            (log_scale - log_boundaries[(indexes - 1).clamp(min=0)]).abs(),
-            (log_scale - log_boundaries[indexes.clamp(max=last)]).abs(),
-        ) < GUARD
+        return (
+            torch.minimum(
+                (log_scale - log_boundaries[(indexes - 1).clamp(min=0)]).abs(),
+                (log_scale - log_boundaries[indexes.clamp(max=last)]).abs(),
+            )
+            < GUARD
+        )
 
     def encode_y(self) -> list[bytes]:
         """The string of y of each image, once all slices are rounded.
