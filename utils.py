@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import logging
 import math
 import os
@@ -19,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pytorch_msssim import ms_ssim as _ms_ssim
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import models
@@ -267,23 +270,71 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def load_checkpoint(path: Path | str) -> dict:
-    """Read a checkpoint onto the CPU, without running any code it may hold.
+def find_checkpoint(name: Path | str) -> Path:
+    """The file of that path, or the checkpoint of that name that comes with the project.
 
     Raises:
-        UsageError: there is no such file, or it is not a PyTorch checkpoint.
+        UsageError: there is neither.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"checkpoint {path} does not exist; give a file that train.py saved")
+    shipped = CHECKPOINT_FOLDER / f"{name}.safetensors"
+    for path in (Path(name), shipped):
+        if path.is_file():
+            return path
+    names = ", ".join(sorted(p.stem for p in CHECKPOINT_FOLDER.glob("*.safetensors")))
+    raise UsageError(
+        f"checkpoint {name} does not exist; give a file that train.py saved"
+        + (f", or one of the names {names}" if names else "")
+    )
+
+
+def load_checkpoint(name: Path | str) -> dict:
+    """Read a checkpoint onto the CPU, without running any code it may hold.
+
+    Args:
+        name: see `find_checkpoint`; what train.py, export.py or the published code saved.
+
+    Raises:
+        UsageError: there is no such file, or it is not a checkpoint.
+    """
+    path = find_checkpoint(name)
     try:
+        if path.suffix == ".safetensors":
+            return _load_weights(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for damaged files
+    except Exception as error:  # torch and safetensors raise many types for damaged files
         reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"cannot load {path} as a PyTorch checkpoint: {reason}") from None
+        raise UsageError(f"cannot load {path} as a checkpoint: {reason}") from None
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{path} holds a {type(checkpoint).__name__}, expected a checkpoint dict")
     return checkpoint
+
+
+def _load_weights(path: Path) -> dict:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
+    state_dict = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    model_args = json.loads(metadata["model_args"])
+    return {"model": metadata["model"], "model_args": model_args, "state_dict": state_dict}
+
+
+def save_weights(checkpoint: dict, path: Path) -> None:
+    """Write a checkpoint's weights, tables and configuration as a safetensors file.
+
+    Weights are rounded to half precision. The entropy models, which are small, are kept as they
+    are: their tables were built from them.
+    """
+    exact = ("entropy_bottleneck.", "gaussian_conditional.")
+    state_dict = {
+        key: value.half() if value.is_floating_point() and not key.startswith(exact) else value
+        for key, value in checkpoint["state_dict"].items()
+    }
+    metadata = {
+        "model": checkpoint["model"],
+        "model_args": json.dumps(checkpoint["model_args"]),
+    }
+    with atomic_write(path) as temporary:
+        save_file({k: v.contiguous() for k, v in state_dict.items()}, temporary, metadata)
 
 
 def build_from_checkpoint(checkpoint: dict, source: object) -> models.SliceHyperprior:
