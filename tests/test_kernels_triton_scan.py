@@ -28,11 +28,11 @@ TOLERANCE[torch.float64] = (1e-13, 1e-13)
 # batch, height, width, dim, dstate
 SHAPES = [
     pytest.param((1, 1, 1, 32, 16), id="one-pixel"),
-    pytest.param((1, 1, 9, 32, 16), id="one-row-one-past-a-chunk"),
+    pytest.param((1, 1, 9, 32, 4), id="one-row-one-past-a-chunk"),
     pytest.param((2, 7, 1, 32, 1), id="one-column-one-state-one-short-of-a-chunk"),
-    pytest.param((1, 4, 4, 64, 16), id="whole-chunks-two-warps"),
-    pytest.param((3, 1, 3, 40, 8), id="batch-of-three-and-part-of-a-channel-block"),
-    pytest.param((1, 3, 5, 33, 3), id="padded-states-and-rank"),
+    pytest.param((1, 2, 2, 64, 16), id="one-whole-chunk-two-channels-per-thread"),
+    pytest.param((3, 1, 2, 40, 8), id="batch-of-three-and-part-of-a-channel-block"),
+    pytest.param((1, 3, 5, 33, 3), id="several-subchunks-and-padded-states-and-rank"),
 ]
 
 
@@ -40,8 +40,11 @@ SHAPES = [
 def scan(monkeypatch):
     from kernels import triton_scan
 
-    monkeypatch.setattr(triton_scan, "SHORTEST_CHUNK", 8)
-    monkeypatch.setattr(triton_scan, "SUBCHUNK", 8)
+    # Chunks of 4 forward; backward two chunks or less, of subchunks of two tiles of 2.
+    small = {"SHORTEST_CHUNK": 4, "FORWARD_GROUP": 2, "BACKWARD_PROGRAMS": 2, "ADJOINT_GROUP": 2}
+    small |= {"SUBCHUNK": 4, "TILE": 2, "CARRY_AHEAD": 2}
+    for name, value in small.items():
+        monkeypatch.setattr(triton_scan, name, value)
     return triton_scan
 
 
@@ -90,15 +93,22 @@ def test_matches_the_reference(scan, shape):
     check(scan, *make_inputs(shape))
 
 
+def test_directions_one_by_one(scan, monkeypatch):
+    """Large maps are differentiated one direction after the other, all summed in one buffer."""
+    monkeypatch.setattr(scan, "SMALL_MAP", 0)
+    check(scan, *make_inputs((2, 1, 9, 32, 4)))
+    check(scan, *make_inputs((1, 2, 2, 32, 4), torch.bfloat16))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtypes(scan, dtype):
-    check(scan, *make_inputs((1, 2, 5, 32, 16), dtype))
+    check(scan, *make_inputs((1, 2, 3, 32, 4), dtype))
 
 
 @pytest.mark.parametrize("bias", [-110.0, -18.0, 40.0])
 def test_extreme_delta(scan, bias):
     """Delta of zero, of 1e-8 (its gradients need log1p's accuracy) and so large that all decays."""
-    inputs, dy = make_inputs((1, 2, 5, 32, 16))
+    inputs, dy = make_inputs((1, 2, 3, 32, 4))
     inputs[2] = 0.1 * inputs[2]
     inputs[3] = torch.full_like(inputs[3], bias)
     check(scan, inputs, dy)

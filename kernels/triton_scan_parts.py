@@ -1,0 +1,210 @@
+"""What the forward and the backward kernels of the Triton scan share.
+
+The kernels are written in Gluon, Triton's dialect with explicit layouts, because their speed is a
+matter of which thread holds which state. With TRITON_INTERPRET=1 they run on CPU tensors as plain
+Triton, which has no layouts: `gl` and `jit` are then Triton's own.
+
+Prefixes: `i_` program index, `o_` offsets, `m_` mask, `p_` pointer, `b_` block value.
+Shapes in trailing comments: N states, CH channels of the program. A is kept times log2(e),
+because the hardware's exponential has base 2.
+"""
+
+# Triton compiles no starred tuples.
+# ruff: noqa: RUF005
+
+import copy
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+if knobs.runtime.interpret:
+    import numpy as np
+    from triton.runtime.interpreter import TensorHandle
+
+    gl = tl
+    jit = triton.jit
+else:
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+
+    jit = gluon.jit
+
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+SIZES = ["height", "width", "chunk_size", "num_chunks", "num_subchunks", "k", "num_rows"]
+
+
+class SharedMemory:
+    """Stands in for shared memory in kernels that run as Python."""
+
+    def __init__(self, dtype, shape, layout):
+        self.dtype = dtype
+        self.array = np.full(shape, np.nan, np.float64 if dtype == tl.float64 else np.float32)
+
+    def index(self, i):
+        view = copy.copy(self)
+        view.array = self.array[int(i.handle.data.item()) if isinstance(i, tl.tensor) else i]
+        return view
+
+    def slice(self, start, length, dim):
+        view = copy.copy(self)
+        view.array = self.array[(slice(None),) * dim + (slice(start, start + length),)]
+        return view
+
+    def store(self, value):
+        self.array[...] = value.handle.data
+
+    def load(self, layout):
+        handle = TensorHandle(self.array.copy(), self.dtype)
+        return tl.tensor(handle, tl.block_type(self.dtype, list(self.array.shape)))
+
+
+if not INTERPRETED.value:
+    SharedMemory = gl.allocate_shared_memory
+
+
+@jit
+def arange(size: tl.constexpr, layout: tl.constexpr):
+    if INTERPRETED:
+        return gl.arange(0, size)
+    else:
+        return gl.arange(0, size, layout=layout)
+
+
+@jit
+def zeros_like(b_x):
+    return b_x * 0
+
+
+@jit
+def exp2(b_x):
+    if INTERPRETED or b_x.dtype == gl.float64:
+        return gl.exp2(b_x)
+    else:
+        return gl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [b_x], dtype=gl.float32, is_pure=True, pack=1
+        )
+
+
+@jit
+def _reciprocal(b_x):
+    if INTERPRETED:
+        return 1.0 / b_x
+    else:
+        return gl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [b_x], dtype=gl.float32, is_pure=True, pack=1
+        )
+
+
+@jit
+def softplus(b_z):
+    """log(1 + exp(z)), with the relative accuracy of the dtype where exp(z) is tiny, too."""
+    b_u = exp2(-gl.abs(b_z) * LOG2_E)
+    if b_z.dtype == gl.float64:
+        b_v = 1.0 + b_u
+        # The second term is what rounding 1 + u lost.
+        b_log = gl.log(b_v) + (b_u - (b_v - 1.0)) / b_v
+        return gl.where(b_z > 20.0, b_z, gl.maximum(b_z, 0.0) + b_log)
+    else:
+        # log(1 + u) = 2 atanh(u / (2 + u)); the polynomial has a relative error of 4e-9.
+        b_s = b_u * _reciprocal(b_u + 2.0)
+        b_q = b_s * b_s
+        b_p = b_q * 0.28174657 + 0.27961419
+        b_p = b_q * b_p + 0.40024854
+        b_p = b_q * b_p + 0.66666316
+        b_p = b_q * b_p + 2.0
+        return gl.maximum(b_z, 0.0) + b_s * b_p
+
+
+@jit
+def first_pixel(position, k, height, width):
+    """Where direction k reads at `position` of its order, and what leads on from there.
+
+    Returns the pixel, the number of steps before the order jumps to its next line, the steps
+    from one jump to the next, and how far a step and a jump lead.
+    """
+    length = height * width
+    is_reversed = k >= 2
+    is_column = (k % 2) == 1
+    q = gl.where(is_reversed, length - 1 - position, position)
+    sign = gl.where(is_reversed, -1, 1)
+    line = gl.where(is_column, height, length)
+    inner = q % line
+    pixel = gl.where(is_column, inner * width + q // line, q)
+    left = gl.where(is_reversed, inner, line - 1 - inner)
+    step = gl.where(is_column, sign * width, sign)
+    jump = gl.where(is_column, sign * (1 - (height - 1) * width), sign)
+    return pixel, left, line, step, jump
+
+
+@jit
+def next_pixel(pixel, left, line, step, jump):
+    is_last = left == 0
+    return pixel + gl.where(is_last, jump, step), gl.where(is_last, line - 1, left - 1)
+
+
+@jit
+def next_group(pixel, left, line, step, jump, num_left, STEPS: tl.constexpr):
+    """The pixels of STEPS positions, 0 from the num_left-th on, and where the order goes on."""
+    o_pixels = ()
+    for t in gl.static_range(STEPS):
+        o_pixels = o_pixels + (gl.where(t < num_left, pixel, 0).to(gl.int64),)
+        pixel, left = next_pixel(pixel, left, line, step, jump)
+    return o_pixels, pixel, left
+
+
+@jit
+def fetch_rows(
+    p_rows, o_pixels, SIZE: tl.constexpr, PADDED: tl.constexpr, ROW: tl.constexpr,
+    STEPS: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """SIZE numbers that all channels share, at each pixel: [PADDED, STEPS], spread over lanes."""
+    if INTERPRETED:
+        o_t = gl.arange(0, STEPS)
+        o_i = gl.arange(0, PADDED)
+    else:
+        o_t = gl.arange(0, STEPS, layout=gl.SliceLayout(0, LAYOUT))
+        o_i = gl.arange(0, PADDED, layout=gl.SliceLayout(1, LAYOUT))
+    o_pixel = zeros_like(o_t).to(gl.int64)
+    for t in gl.static_range(STEPS):
+        o_pixel = gl.where(o_t == t, o_pixels[t], o_pixel)
+    p_row = p_rows + o_pixel[None, :] * (4 * ROW) + o_i[:, None]
+    if SIZE == PADDED:
+        return gl.load(p_row).to(ACC)
+    else:
+        return gl.load(p_row, mask=(o_i < SIZE)[:, None] & (o_t >= 0)[None, :], other=0.0).to(ACC)
+
+
+@jit
+def fetch_channels(
+    p_channels, o_pixels, m_c, DIM: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr
+):
+    b_xs = ()
+    for t in gl.static_range(STEPS):
+        b_x = gl.load(p_channels + o_pixels[t] * DIM, mask=m_c, other=0.0)
+        b_xs = b_xs + (b_x.to(ACC),)
+    return b_xs
+
+
+@jit
+def load_direction(
+    dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r,
+    DIM: tl.constexpr, DSTATE: tl.constexpr, RANK: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The parameters of direction k: W (R, CH), bias (CH), A log2(e) (N, CH)."""
+    m_c = o_c < DIM
+    o_kc = k * DIM + o_c
+    p_W = dt_projs_weight + o_kc[None, :] * RANK + o_r[:, None]
+    b_W = gl.load(p_W, mask=(o_r < RANK)[:, None] & m_c[None, :], other=0.0).to(ACC)
+    b_bias = gl.load(dt_projs_bias + o_kc, mask=m_c, other=0.0).to(ACC)
+    p_A = A_logs + o_kc[None, :] * DSTATE + o_n[:, None]
+    b_A = gl.load(p_A, mask=(o_n < DSTATE)[:, None] & m_c[None, :], other=0.0).to(ACC)
+    return b_W, b_bias, -exp2(b_A * LOG2_E) * LOG2_E
+
+
+@jit
+def project_delta(b_r, b_W, b_bias):
+    return softplus(b_bias + gl.sum(b_W * b_r, axis=0))
