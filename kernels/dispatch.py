@@ -121,9 +121,7 @@ def selective_scan_2d(
     x_dbl = x_dbl.unflatten(-1, x_proj_weight.shape[:2])
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     parameters = (dt_projs_weight, dt_projs_bias, A_logs, Ds)
-    return run(
-        x.contiguous(), x_dbl.contiguous(), *(p.to(dtype).contiguous() for p in parameters)
-    )
+    return run(x.contiguous(), x_dbl.contiguous(), *(p.to(dtype).contiguous() for p in parameters))
 
 
 def _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds) -> None:
