@@ -290,8 +290,8 @@ class Trainer:
             return
         # The best first: killed in between, the run repeats the steps that found it.
         names = ("best", "latest") if loss < before else ("latest",)
+        state = self._checkpoint()
         try:
-            state = self._checkpoint()
             for name in names:
                 path = checkpoint_path(self.folder, name)
                 with utils.atomic_write(path) as temporary, open(temporary, "wb") as file:
@@ -432,7 +432,8 @@ class Trainer:
         self.model.train()
         self._report_problems(self.test_pictures.problems)
         sums["stopped"] = float(self.stop_requested)
-        totals = self.processes.sum(torch.tensor(list(sums.values()), device=self.device))
+        values = torch.tensor(list(sums.values()), dtype=torch.float64, device=self.device)
+        totals = self.processes.sum(values)
         sums = dict(zip(keys, totals, strict=True))
         self.stopped = sums["stopped"] > 0
         if self.stopped or not sums["pictures"]:
@@ -521,8 +522,10 @@ class Trainer:
         )
         with bar, logging_redirect_tqdm([logger]):
             while self.step < self.total_steps and not self.stopped:
-                meter.add(self._train_step())
+                measured = self._train_step()
+                meter.add(measured)
                 bar.update()
+                bar.set_postfix({k: measured[k] for k in ("loss", "bpp", "psnr") if k in measured})
                 ends = self.step == self.total_steps
                 if ends or self.stopped or self.step % self.args.log_every == 0:
                     self._report(meter.pop())

@@ -28,6 +28,15 @@ ROOT = Path(__file__).parent.parent
 NUM_TRAIN = 5
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from threads, which on a busy machine wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A dataset of smooth pictures, in two formats, some smaller than the patch."""
@@ -101,18 +110,18 @@ def run_script(script, *argv, **env):
 
 
 def test_run_lowers_the_loss_and_writes_its_folder(flags, tmp_path):
-    main(flags("run", "--optimizer", "muon", "--val-every", "8", "-n", "1", steps=24))
+    main(flags("run", "--optimizer", "muon", "--val-every", "4", "-n", "1", steps=12))
     folder = tmp_path / "run" / "0.05"
     log = (folder / "train.log").read_text()
-    assert "step 24/24" in log
+    assert "step 12/12" in log
     assert "images/s" in log
 
     latest = load(tmp_path / "run")
     losses = [entry["loss"] for entry in latest["history"]]
-    assert [entry["step"] for entry in latest["history"]] == [8, 16, 24]
+    assert [entry["step"] for entry in latest["history"]] == [4, 8, 12]
     assert losses[2] < losses[1] < losses[0]
-    assert latest["step"] == 24
-    assert latest["epoch"] == 24 * 2 / NUM_TRAIN
+    assert latest["step"] == 12
+    assert latest["epoch"] == 12 * 2 / NUM_TRAIN
     assert latest["best_loss"] == min(losses)
     assert latest["versions"]["torch"] == torch.__version__
     assert load(tmp_path / "run", "best")["best_loss"] == min(losses)
@@ -128,7 +137,7 @@ def test_run_lowers_the_loss_and_writes_its_folder(flags, tmp_path):
     assert {f"train/{key}" for key in wanted} <= set(tags["scalars"])
     assert {"validation/loss", "validation/bpp", "validation/psnr"} <= set(tags["scalars"])
     assert {"original/0", "reconstruction/1", "rate-distortion"} <= set(tags["images"])
-    assert [e.step for e in events.Scalars("validation/loss")] == [8, 16, 24]
+    assert [e.step for e in events.Scalars("validation/loss")] == [4, 8, 12]
 
 
 KILLED_WHILE_WRITING = """
@@ -198,7 +207,7 @@ def test_workers_cache_and_recomputation_change_nothing(flags, tmp_path):
     assert_same_run(load(tmp_path / "other"), load(tmp_path / "plain"))
 
 
-def test_two_processes_equal_one_with_both_batches(flags, tmp_path):
+def test_two_processes_equal_one_with_both_batches(flags, tiny, tmp_path):
     options = ["--val-every", "1", "--seed", "1", "--optimizer", "muon", "--grad-checkpoint"]
     main(flags("one", *options, "--batch-size", "4", steps=3))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -209,10 +218,14 @@ def test_two_processes_equal_one_with_both_batches(flags, tmp_path):
     one, two = load(tmp_path / "one"), load(tmp_path / "two")
     for a, b in zip(one["history"], two["history"], strict=True):
         assert b == pytest.approx(a, rel=1e-5)
-    # Gradients are summed in another order. Where they are next to nothing, Adam, which divides
-    # by their size, makes a part of a step of it.
-    atol = 0.1 * one["args"]["learning_rate"]
-    torch.testing.assert_close(two["net"], one["net"], rtol=0, atol=atol)
+    start = torch.load(tiny, weights_only=True)["state_dict"]
+
+    def distance(x, y):
+        keys = [key for key in start if start[key].numel()]  # there are no CDF tables yet
+        return sum((x[key] - y[key]).double().square().sum() for key in keys) ** 0.5
+
+    # Gradients are summed in another order, and Adam divides those next to zero by their size.
+    assert distance(one["net"], two["net"]) < 1e-3 * distance(one["net"], start)
     assert torch.equal(one["rng"]["cpu"], two["rng"]["cpu"])
     assert one["global_batch"] == two["global_batch"] == 4
 
@@ -320,9 +333,9 @@ def test_step_that_is_not_finite_is_skipped_and_its_files_named(flags, tmp_path,
 
 
 def test_ten_bad_steps_in_a_row_end_the_run(flags, monkeypatch):
-    poison(monkeypatch, lambda n: n not in range(9, 10))
-    with pytest.raises(DataError, match="10 steps in a row were not finite, the last at step 19"):
-        main(flags("run", steps=40))
+    poison(monkeypatch, lambda n: n != 1)
+    with pytest.raises(DataError, match="10 steps in a row were not finite, the last at step 11"):
+        main(flags("run", "--no-save", "--val-every", "100", steps=40))
 
 
 def test_unreadable_pictures_are_named_and_skipped(flags, data, tmp_path):
