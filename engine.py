@@ -298,7 +298,11 @@ class Trainer:
                     torch.save(state, file)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             self.best_loss = before
-            message = f"cannot write {path} at step {self.step}: {error}; the last one is kept"
+            reason = str(error).partition("\n")[0]
+            message = (
+                f"cannot write {path} at step {self.step} (is the disk full?): {reason}; "
+                "the last one is kept"
+            )
             if must:
                 raise DataError(message) from None
             logger.error("%s; trying again at the next save", message)
