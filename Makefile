@@ -8,12 +8,16 @@ BIN := $(VENV)/bin
 help: ## Print this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.installed ## Train a small network on the shipped pictures, evaluate it with real bitstreams
-	rm -rf out/demo
+demo: $(VENV)/.installed ## Evaluate the shipped checkpoint with real bitstreams, then train a tiny network
+	mkdir -p out
+	$(BIN)/python eval.py --data demo --checkpoint mambavc-light-0.0130 \
+		--json out/light.json --save-images out/light
+	$(BIN)/python -m results.visual --checkpoint mambavc-light-0.0130 --image demo/test/kodim20.png \
+		--output out/comparison.png
+	rm -rf out/training
 	$(BIN)/python train.py -d demo --N 8 --M 40 --lambda 0.0130 --optimizer muon --schedule cosine \
-		--batch-size 4 --patch-size 64 64 --max-steps 200 --val-every 200 --save_path out/demo
-	$(BIN)/python eval.py --data demo --checkpoint out/demo/0.013/checkpoint_best.pth.tar \
-		--json out/demo/results.json --save-images out/demo/pictures
+		--batch-size 4 --patch-size 64 64 --max-steps 100 --val-every 100 --save_path out/training
+	$(BIN)/python eval.py --data demo --checkpoint out/training/0.013/checkpoint_best.pth.tar
 
 test: $(VENV)/.installed ## Run the tests
 	$(BIN)/python -m pytest -q
