@@ -487,14 +487,16 @@ class Trainer:
     def run(self) -> None:
         """Train to the end, or until `request_stop`; either way the last state is saved."""
         logger.info(
-            "%s, %.2f M parameters, %d process(es) on %s, %d crops per step, steps %d to %d",
+            "%s, %.2f M parameters, steps %d to %d of %d crops: %d process(es) x batch %d x %d, on %s",
             self.model_name,
             sum(p.numel() for p in self.model.parameters()) / 1e6,
-            self.processes.world_size,
-            torch.cuda.get_device_name(self.device) if self.args.cuda else "the CPU",
-            self.global_batch,
             self.step,
             self.total_steps,
+            self.global_batch,
+            self.processes.world_size,
+            self.args.batch_size,
+            self.args.accumulate,
+            torch.cuda.get_device_name(self.device) if self.args.cuda else "the CPU",
         )
         self.batches = training_batches(
             self.crops,

@@ -1,7 +1,8 @@
 """Deterministic weights and inputs for parity checks against the published MambaVC network.
 
-Every parameter is filled from its state-dict key alone, so two implementations that use the same keys and shapes hold
-the same weights without exchanging a file. NumPy's legacy generator is used because its stream is frozen.
+Every parameter is filled from its state-dict key alone, so two implementations that use the same
+keys and shapes hold the same weights without exchanging a file. NumPy's legacy generator is used
+because its stream is frozen.
 """
 
 import math
@@ -15,7 +16,7 @@ def _rng(key: str, seed: int) -> np.random.RandomState:
 
 
 def fill(key: str, shape: tuple, seed: int = 0) -> np.ndarray | None:
-    """Value of the parameter `key` as float32, or None where the parameter keeps its default (entropy bottleneck, buffers)."""
+    """Value of `key` as float32; None where it keeps its default (entropy models, buffers)."""
     if key.startswith("entropy_bottleneck.") or key.startswith("gaussian_conditional."):
         return None
     r = _rng(key, seed)

@@ -53,7 +53,8 @@ def test_outputs_are_those_of_the_published_network(published):
     the last bit of float32, and is rounded to even there, while any other rounding error in y
     rounds it up (float64 gives 2.5000089) and changes the slices after it.
     """
-    expected = {k: torch.from_numpy(v) for k, v in np.load(ASSETS / "published_256x256.npz").items()}
+    stored = np.load(ASSETS / "published_256x256.npz")
+    expected = {key: torch.from_numpy(value) for key, value in stored.items()}
     x = torch.from_numpy(parity_fill.image(256, 256, seed=0))
     predictions = []
     y = published.g_a(x)
