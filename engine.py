@@ -487,7 +487,8 @@ class Trainer:
     def run(self) -> None:
         """Train to the end, or until `request_stop`; either way the last state is saved."""
         logger.info(
-            "%s, %.2f M parameters, steps %d to %d of %d crops: %d process(es) x batch %d x %d, on %s",
+            "%s, %.2f M parameters, steps %d to %d of %d crops: "
+            "%d process(es) x batch %d x %d, on %s",
             self.model_name,
             sum(p.numel() for p in self.model.parameters()) / 1e6,
             self.step,
