@@ -128,9 +128,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = []
     for i, file in enumerate(tqdm(files, desc="eval", unit="picture", disable=None, leave=False)):
         x = utils.to_tensor(utils.read_image(file))[None].to(device)
-        if i == 0:  # warm-up: compilation and caches stay out of the times
-            evaluate_image(model, fingerprint, x, args.estimate, exact)
         try:
+            if i == 0:  # warm-up: compilation and caches stay out of the times
+                evaluate_image(model, fingerprint, x, args.estimate, exact)
             row, x_hat = evaluate_image(model, fingerprint, x, args.estimate, exact)
         except utils.DataError as error:
             raise utils.DataError(f"{file}: {error}") from None
