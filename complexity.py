@@ -259,11 +259,13 @@ def load(name: str, **sizes: int) -> tuple[str, models.SliceHyperprior]:
         except ValueError as error:
             raise UsageError(f"cannot build {name}: {error}") from None
         return name, model
-    if Path(name).is_file():
-        return Path(name).name, utils.load_model(name)
-    raise UsageError(
-        f"{name} is neither a model ({', '.join(models.list_models())}) nor a checkpoint file"
-    )
+    try:
+        path = utils.find_checkpoint(name)
+    except UsageError:
+        raise UsageError(
+            f"{name} is neither a model ({', '.join(models.list_models())}) nor a checkpoint file"
+        ) from None
+    return path.name, utils.load_model(path)
 
 
 def device_name(device: torch.device) -> str:
