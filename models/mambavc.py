@@ -173,6 +173,6 @@ class MambaVC(SliceHyperprior):
 
 @register_model("mambavc-light")
 def mambavc_light(**kwargs) -> MambaVC:
-    """`MambaVC` at half the width throughout: 14.2 M parameters, a quarter of the operations."""
+    """`MambaVC` at half the width throughout: 14.2 M parameters, 30 % of the operations."""
     preset = {"N": 64, "M": 160, "Z": 96, "context_width": 64, "transform_width": 112}
     return MambaVC(**{**preset, **kwargs})
