@@ -28,8 +28,9 @@ from torch import Tensor
 import kernels
 import models
 import utils
-from graphs import GraphedGradients
+from graphs import GraphedGradients, GraphedUpdate, Replay
 from layers import SS2D
+from optim import make_optimizers
 
 GROUPS = ("operator", "block", "network", "scaling", "training", "codec")
 TOLERANCE = 1e-5  # relative error of float32 against float64, forward
@@ -246,47 +247,60 @@ def bench_network(bench: Bench) -> None:
     for height, width in sizes:
         x = picture(height, width, bench.device)
         with torch.inference_mode():
-            bench.run("network", f"forward {height}x{width}", "auto", lambda x=x: model(x))
+            name = f"forward {height}x{width}"
+            bench.run("network", name, "auto", lambda x=x: model(x))
+            if cuda:
+                replay = Replay()
+                bench.run("network", f"{name} graph", "auto", lambda x=x, run=replay: run(model, x))
 
 
-def bench_scaling(bench: Bench) -> None:
+def bench_scaling(bench: Bench, backends: Sequence[str]) -> None:
     """Forward time from 0.1 to 8 megapixels; prints the exponent of time against pixels."""
     model = network(bench)
-    megapixels = (0.1, 0.4, 1.0, 2.0, 4.0, 8.0) if bench.device.type == "cuda" else (0.03, 0.1)
-    points = []
-    for amount in megapixels:
-        width = round(math.sqrt(amount * 1.5e6) / 128) * 128
-        height = max(128, round(amount * 1e6 / width / 128) * 128)
-        x = picture(height, width, bench.device)
-        with torch.inference_mode():
-            name = f"forward {height}x{width}"
-            median = bench.run("scaling", name, "auto", lambda x=x: model(x), pixels=height * width)
-        points.append((height * width, median))
-    pixels, times = np.log(np.array(points)).T
-    exponent = np.polyfit(pixels, times, 1)[0]
-    print(f"scaling: time grows as pixels to the power of {exponent:.3f}")
-    bench.records.append({"group": "scaling", "name": "exponent", "value": exponent})
+    cuda = bench.device.type == "cuda"
+    # The reference would take minutes; mamba-ssm's copies of the maps grow too large.
+    largest = {"reference": 0.0, "mamba_ssm": 3.0}
+    for backend in backends:
+        points = []
+        for megapixels in (0.1, 0.4, 1.0, 2.0, 4.0, 8.0) if cuda else (0.03, 0.1):
+            if megapixels > largest.get(backend, math.inf):
+                continue
+            width = round(math.sqrt(megapixels * 1.5e6) / 128) * 128
+            height = max(128, round(megapixels * 1e6 / width / 128) * 128)
+            x = picture(height, width, bench.device)
+            name, pixels = f"forward {height}x{width}", height * width
+            with torch.inference_mode(), automatic_backend(backend):
+                median = bench.run("scaling", name, backend, lambda x=x: model(x), pixels=pixels)
+            points.append((pixels, median))
+        if len(points) > 1:
+            logarithms = np.log(np.array(points))
+            exponent = np.polyfit(*logarithms.T, 1)[0]
+            print(f"scaling: time of {backend} grows as pixels to the power of {exponent:.3f}")
+            record = {"group": "scaling", "name": "exponent", "backend": backend}
+            bench.records.append({**record, "value": exponent})
 
 
 def bench_training(bench: Bench) -> None:
     """One optimiser step on a batch of crops, without data loading; on a GPU also graphed."""
-    cuda = bench.device.type == "cuda"
-    cases = (
-        itertools.product((8, 16), (False, True), (False, True)) if cuda else [(1, False, False)]
-    )
-    for batch, amp, graphed in cases:
-        side = 256 if cuda else 64
-        step = training_step(network(bench), batch, side, amp, graphed)
-        name = f"step {batch}x{side}x{side} {'bf16' if amp else 'float32'}"
-        bench.run("training", name + (" graph" if graphed else ""), "auto", step)
+    cases = [(1, 64, False, False, "adam")]
+    if bench.device.type == "cuda":
+        both = (False, True)
+        cases = list(itertools.product((8, 16), (256,), both, both, ("adam",)))
+        cases += itertools.product((8,), (256,), (True,), both, ("muon",))
+    for batch, side, amp, graphed, optimizer in cases:
+        step = training_step(network(bench), batch, side, amp, graphed, optimizer)
+        words = [f"step {batch}x{side}x{side}", "bf16" if amp else "float32"]
+        words += ["graph"] * graphed + [optimizer] * (optimizer != "adam")
+        bench.run("training", " ".join(words), "auto", step)
 
 
 def training_step(
-    model: models.SliceHyperprior, batch: int, side: int, amp: bool, graphed: bool
+    model: models.SliceHyperprior, batch: int, side: int, amp: bool, graphed: bool, optimizer: str
 ) -> Callable[[], None]:
-    """A step of Adam as `train.py` takes it, on random pictures."""
-    parameters = [p for name, p in model.train().named_parameters() if "quantiles" not in name]
-    optimizer = torch.optim.Adam(parameters, lr=1e-4)
+    """A step as `train.py` takes it, on random pictures."""
+    net, aux = make_optimizers(model.train(), optimizer, lr=1e-4, aux_lr=1e-3)
+    optimizers = [*net.values(), aux]
+    parameters = [p for o in net.values() for group in o.param_groups for p in group["params"]]
     criterion = RateDistortionLoss(lmbda=0.013)
     device = parameters[0].device
     x = torch.rand(batch, 3, side, side, device=device)
@@ -295,34 +309,74 @@ def training_step(
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             output = model(x)
         output["x_hat"] = output["x_hat"].float()
-        loss = criterion(output, x)["loss"]
+        loss = criterion(output, x)["loss"] + model.aux_loss()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         return loss.detach()
 
+    def update() -> None:
+        for each in optimizers:
+            each.step()
+
     if graphed:
-        gradients = GraphedGradients(gradients, parameters, x)
+        gradients = GraphedGradients(gradients, list(model.parameters()), x)
+        update = GraphedUpdate(optimizers)
 
     def step() -> None:
         gradients(x)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        update()
+        for each in optimizers:
+            each.zero_grad()
 
     return step
 
 
 def bench_codec(bench: Bench) -> None:
     model = network(bench)
+    cuda = bench.device.type == "cuda"
     x = picture(512, 768, bench.device)
-    for exact, mode in ((True, "exact"), (False, "fast")):
+    for graphed, exact in itertools.product((False, True) if cuda else (False,), (True, False)):
+        if graphed:
+            model.run_stage = Replay()
+        mode = ("exact" if exact else "fast") + (" graph" if graphed else "")
         encode = functools.partial(model.compress, x, exact=exact)
         decode = functools.partial(model.decompress, **encode(), exact=exact)
         bench.run("codec", f"compress 512x768 {mode}", "auto", encode)
         bench.run("codec", f"decompress 512x768 {mode}", "auto", decode)
-    if bench.device.type == "cpu":
+    if not cuda:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
         print(f"codec: peak memory of the process {peak:.0f} MiB")
         bench.records.append({"group": "codec", "name": "peak process memory", "peak_mib": peak})
+
+
+def add_ratios(records: Sequence[dict]) -> None:
+    """Add to the records what part of the floor each reaches, and how much slower its peers are.
+
+    ``of_floor`` is the floor divided by the median; ``slower`` has, for each other backend that
+    did the same work, its median divided by this one's.
+    """
+    timed = [record for record in records if "median_ms" in record]
+    for record in timed:
+        work = (record["group"], record["name"])
+        if "floor_ms" in record:
+            record["of_floor"] = record["floor_ms"] / record["median_ms"]
+        record["slower"] = {
+            peer["backend"]: peer["median_ms"] / record["median_ms"]
+            for peer in timed
+            if (peer["group"], peer["name"]) == work and peer is not record
+        }
+
+
+def print_ratios(records: Sequence[dict]) -> None:
+    """Print the ratios of those backends that are the fastest of several."""
+    for record in records:
+        slower = record.get("slower")
+        if slower and min(slower.values()) >= 1:
+            peers = ", ".join(
+                f"{peer} takes {ratio:.1f} times as long" for peer, ratio in slower.items()
+            )
+            floor = f"; {record['of_floor']:.0%} of the floor" if "of_floor" in record else ""
+            print(f"{record['name']}: {record['backend']}; {peers}{floor}")
 
 
 def machine(device: torch.device) -> dict:
@@ -365,13 +419,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps(record["machine"]))
     backends = usable_backends(device)
     for group in args.only:
-        if group in ("operator", "block"):
+        if group in ("operator", "block", "scaling"):
             globals()[f"bench_{group}"](bench, backends)
         else:
             globals()[f"bench_{group}"](bench)
+        add_ratios(bench.records)
         if args.json:
             with utils.atomic_write(args.json) as path:
                 path.write_text(json.dumps(record, indent=1) + "\n")
+    print_ratios(bench.records)
 
 
 if __name__ == "__main__":

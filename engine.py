@@ -35,7 +35,7 @@ from data import (
     end_workers,
     training_batches,
 )
-from graphs import GraphedGradients
+from graphs import GraphedGradients, GraphedUpdate
 from optim import lr_factor, make_optimizers
 from parallel import Processes
 from runlog import Events, Meter
@@ -127,7 +127,8 @@ class Trainer:
         self.stop_requested = False  # of this process, by a signal
         self.stopped = False  # all processes know and agree
         self.known_problems: set[str] = set()
-        self.graph: GraphedGradients | None = None
+        self.captured = False
+        self.gradients, self.update = self._gradients, self._update  # or CUDA graphs of them
 
         train_pictures, test_pictures = self._open_data()
         self.global_batch = args.batch_size * args.accumulate * processes.world_size
@@ -143,6 +144,7 @@ class Trainer:
         self.net_optimizers, self.aux_optimizer = make_optimizers(
             model, args.optimizer, args.learning_rate, args.aux_learning_rate
         )
+        self.optimizers = (*self.net_optimizers.values(), self.aux_optimizer)
         self.net_parameters = [
             p
             for optimizer in self.net_optimizers.values()
@@ -331,14 +333,28 @@ class Trainer:
         mse = terms["mse_loss"] if "mse_loss" in terms else F.mse_loss(output["x_hat"], x)
         return torch.stack([terms["loss"], terms["bpp_loss"], mse]).detach()
 
-    def _gradients(self, x: Tensor, last: bool) -> Tensor:
-        """`_backward`, replayed from a CUDA graph if asked for."""
-        if not self.args.cuda_graph:
-            return self._backward(x, last)
-        if self.graph is None:
-            parameters = list(self.model.parameters())
-            self.graph = GraphedGradients(lambda x: self._backward(x, last=True), parameters, x)
-        return self.graph(x)
+    def _gradients(self, x: Tensor, last: bool = True) -> Tensor:
+        """`_backward`, and the norm that the gradients have before they are clipped: (4,).
+
+        They are whole, and clipped, after the ``last`` batch of a step; before it the norm is 0.
+        """
+        measured = self._backward(x, last)
+        norm = measured.new_zeros(())
+        if last:
+            limit = self.args.clip_max_norm or math.inf
+            norm = nn.utils.clip_grad_norm_(self.net_parameters, limit)
+        return torch.cat([measured / self.args.accumulate, norm[None]])
+
+    def _update(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def _capture(self, x: Tensor) -> None:
+        """Have gradients and updates replayed from CUDA graphs from now on."""
+        gradients = GraphedGradients(self._gradients, list(self.model.parameters()), x)
+        self.gradients = lambda x, last: gradients(x)
+        self.update = GraphedUpdate(self.optimizers)
+        self.captured = True
 
     def _train_step(self) -> dict[str, float]:
         """One optimiser step on the next global batch; what it measured, over all processes.
@@ -350,30 +366,30 @@ class Trainer:
         start = time.perf_counter()
         waited = 0.0
         names: list[str] = []
-        measured = torch.zeros(3, device=self.device)
+        measured = torch.zeros(4, device=self.device)
         for i in range(args.accumulate):
             asked = time.perf_counter()
             batch = next(self.batches)
             waited += time.perf_counter() - asked
             names += batch.names
             self._report_problems(batch.problems)
-            last = i == args.accumulate - 1
-            measured += self._gradients(self._to_device(batch.pixels), last) / args.accumulate
+            x = self._to_device(batch.pixels)
+            if args.cuda_graph and not self.captured:
+                self._capture(x)
+            measured += self.gradients(x, last=i == args.accumulate - 1)
 
-        norm = nn.utils.clip_grad_norm_(self.net_parameters, args.clip_max_norm or math.inf)
-        stop = measured.new_tensor(self.stop_requested)
+        stop = measured.new_tensor([self.stop_requested])
         # The only point at which the host waits for the device. A value that is not finite on
         # one process is so in the sum, and all decide alike.
-        sums = self.processes.sum(torch.cat([measured, torch.stack([norm, stop])]))
+        sums = self.processes.sum(torch.cat([measured, stop]))
         loss, bpp, mse, norm = (value / world_size for value in sums[:4])
         self.stopped = sums[4] > 0
         if math.isfinite(loss) and math.isfinite(norm):
-            for optimizer in (*self.net_optimizers.values(), self.aux_optimizer):
-                optimizer.step()
+            self.update()
             self.bad_steps = 0
         else:
             self._skip(names if not measured[0].isfinite() or math.isfinite(loss) else [])
-        for optimizer in (*self.net_optimizers.values(), self.aux_optimizer):
+        for optimizer in self.optimizers:
             optimizer.zero_grad()
         for scheduler in self.schedulers:
             scheduler.step()

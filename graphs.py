@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
-__all__ = ["GraphedGradients"]
+__all__ = ["GraphedGradients", "GraphedUpdate", "Replay"]
 
 WARM_UP_CALLS = 3  # compilation, tuning and allocation happen here, which a capture cannot hold
 
@@ -56,3 +57,100 @@ class GraphedGradients:
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
         return self.result
+
+
+class GraphedUpdate:
+    """Steps of optimisers, as a CUDA graph from the fourth on.
+
+    Learning rates may change from step to step; gradients stay in the same memory.
+
+    Args:
+        optimizers: `optim.Muon` and `torch.optim.Adam`, which read a learning rate on the device.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]):
+        self.optimizers = optimizers
+        self.groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        device = self.groups[0]["params"][0].device
+        self.rates = [torch.zeros((), device=device) for _ in self.groups]
+        self.calls = 0
+        self.graph = torch.cuda.CUDAGraph()
+
+    def __call__(self) -> None:
+        """Take a step of each optimiser."""
+        plain = [dict(group) for group in self.groups]
+        for rate, group in zip(self.rates, self.groups, strict=True):
+            rate.fill_(group["lr"])
+            group.update(lr=rate, capturable=True)
+        try:
+            self._step()
+        finally:
+            # Schedules and checkpoints see plain numbers.
+            for group, values in zip(self.groups, plain, strict=True):
+                group.clear()
+                group.update(values)
+        self.calls += 1
+
+    def _step(self) -> None:
+        if self.calls < WARM_UP_CALLS:
+            self._step_eagerly()
+            return
+        if self.calls == WARM_UP_CALLS:
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self._step_eagerly()
+        self.graph.replay()
+
+    def _step_eagerly(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+
+class Replay:
+    """Runs functions without gradients, from the second call on with equal shapes as CUDA graphs.
+
+    For ``model.run_stage`` of one model, whose weights keep their memory (new values are fine).
+    What a call returns is overwritten by the next one of the same function with the same shapes.
+
+    Args:
+        limit: graphs to keep before all are forgotten; a size of pictures takes 13.
+    """
+
+    def __init__(self, limit: int = 100):
+        self.limit = limit
+        self.seen: set = set()
+        self.graphs: dict = {}
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable, *args):
+        """Return ``function(*args)``; tensors among the arguments may change between replays."""
+        key = (
+            # A method counts as itself whatever object it belongs to.
+            getattr(function, "__func__", function),
+            *((a.shape, a.dtype, a.stride()) if isinstance(a, Tensor) else a for a in args),
+        )
+        if key not in self.seen:
+            self.seen.add(key)
+            return function(*args)
+        if key not in self.graphs:
+            if len(self.graphs) >= self.limit:
+                self.graphs.clear()
+            self.graphs[key] = self._capture(function, args)
+        graph, tensors, result = self.graphs[key]
+        for static, tensor in zip(tensors, _tensors(args), strict=True):
+            static.copy_(tensor)
+        graph.replay()
+        return result
+
+    def _capture(self, function: Callable, args: Sequence):
+        graph = torch.cuda.CUDAGraph()
+        # Tensors made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            own = [torch.empty_like(a).copy_(a) if isinstance(a, Tensor) else a for a in args]
+            # Results stay alive, so that graphs can share the memory of what lies between.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                result = function(*own)
+        return graph, _tensors(own), result
+
+
+def _tensors(args: Sequence) -> list[Tensor]:
+    return [arg for arg in args if isinstance(arg, Tensor)]

@@ -118,7 +118,7 @@ class Muon(Optimizer):
 
     Args:
         params: weights of 2 (matrix), 3 (stack of matrices) or 4 dimensions (kernel).
-        lr: learning rate.
+        lr: learning rate; a group's may also be a tensor on the weights' device.
         momentum: of the running mean of gradients.
     """
 
@@ -147,10 +147,10 @@ class Muon(Optimizer):
             for (rows, columns), entries in by_shape.items():
                 weights, stacks = zip(*entries, strict=True)
                 updates = orthogonalise(torch.cat(stacks)).to(weights[0].dtype).contiguous()
+                updates *= -0.2 * math.sqrt(max(rows, columns)) * group["lr"]
                 updates = updates.split([len(stack) for stack in stacks])
                 updates = [_as_weight(u, p.shape) for u, p in zip(updates, weights, strict=True)]
-                scale = 0.2 * math.sqrt(max(rows, columns))
-                torch._foreach_add_(weights, updates, alpha=-group["lr"] * scale)
+                torch._foreach_add_(weights, updates)
 
 
 def lr_factor(

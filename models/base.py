@@ -3,7 +3,7 @@
 import copy
 import operator
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ from .entropy import (
     LatentDecoder,
     LatentEncoder,
     SlicePredictor,
+    call,
     deterministic_arithmetic,
     multiply_convolutions,
 )
@@ -35,9 +36,14 @@ class SliceHyperprior(CompressionModel):
 
     A subclass sets the transforms ``g_a``, ``g_s``, ``h_a``, the parts of `SlicePredictor`,
     ``entropy_bottleneck``, ``gaussian_conditional`` and ``config`` (its constructor arguments).
+
+    Attributes:
+        run_stage: how `compress` and `decompress` run their stages; `graphs.Replay` is faster for
+            many pictures of one size on a GPU.
     """
 
     config: dict
+    run_stage: Callable = staticmethod(call)
 
     @property
     def downsampling_factor(self) -> int:
@@ -144,13 +150,12 @@ class SliceHyperprior(CompressionModel):
             ValueError: the model is in training mode or has no CDF tables.
         """
         self._check_eval()
-        y = self.g_a(self._pad(x))
-        z = self.h_a(y)
+        y, z = self.run_stage(self._analyse, self._pad(x))
         coder = LatentEncoder(self.entropy_bottleneck, self.gaussian_conditional, y)
         slices = self._coding_slices(exact)
         with deterministic_arithmetic():
             z_strings, z_hat = coder.encode_z(z, self._medians())
-            slices(z_hat if exact else z_hat.to(y.dtype), coder.code_slice)
+            slices(z_hat if exact else z_hat.to(y.dtype), coder.code_slice, self.run_stage)
         return {
             "strings": [coder.encode_y(), z_strings],
             "shape": tuple(z.shape[-2:]),
@@ -192,7 +197,8 @@ class SliceHyperprior(CompressionModel):
         dtype = self.entropy_bottleneck.quantiles.dtype
         with deterministic_arithmetic():
             z_hat = coder.decode_z(z_strings, shape, self._medians())
-            y_hat = slices(z_hat if exact else z_hat.to(dtype), coder.code_slice).to(dtype)
+            z_hat = z_hat if exact else z_hat.to(dtype)
+            y_hat = slices(z_hat, coder.code_slice, self.run_stage).to(dtype)
         coder.finish()
         if crcs is not None and list(crcs) != coder.crcs:
             raise BitstreamError(
@@ -201,8 +207,13 @@ class SliceHyperprior(CompressionModel):
             )
         height, width = size or (None, None)
         y_hat = y_hat.contiguous(memory_format=torch.channels_last)
-        x_hat = self.g_s(y_hat)[..., :height, :width]
+        x_hat = self.run_stage(self.g_s, y_hat)[..., :height, :width]
         return {"x_hat": x_hat.clamp(0, 1), "y_hat": y_hat}
+
+    def _analyse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y and z of a padded picture."""
+        y = self.g_a(x)
+        return y, self.h_a(y)
 
     def _check_eval(self) -> None:
         if self.training:

@@ -20,6 +20,7 @@ __all__ = [
     "LatentDecoder",
     "LatentEncoder",
     "SlicePredictor",
+    "call",
 ]
 
 # A scale whose logarithm lies this close to a boundary of the scale table may get another table
@@ -27,6 +28,11 @@ __all__ = [
 GUARD = 1e-6
 
 CodeSlice = Callable[[int, Tensor, Tensor], Tensor]
+
+
+def call(stage: Callable, *args):
+    """Run a stage of a network: a function of tensors, integers and nothing else."""
+    return stage(*args)
 
 
 class Bottleneck(EntropyBottleneck):
@@ -80,25 +86,38 @@ class SlicePredictor(nn.Module):
         self.lrp_transforms = lrp_transforms
         self.max_support_slices = max_support_slices
 
-    def forward(self, z_hat: Tensor, code_slice: CodeSlice) -> Tensor:
+    def forward(self, z_hat: Tensor, code_slice: CodeSlice, run_stage: Callable = call) -> Tensor:
         """Walk over the slices and return y_hat (batch, M, h, w).
 
         ``code_slice(i, mu, scale)`` turns the prediction of slice i into the quantised slice:
         by rounding y in training and estimation, by encoding its symbols, or by decoding them.
+        ``run_stage`` runs what lies between.
         """
-        latent_means = self.h_mean_s(z_hat)
-        latent_scales = self.h_scale_s(z_hat)
+        latents = run_stage(self.transform, z_hat)
         y_hat: list[Tensor] = []
         for i in range(len(self.lrp_transforms)):
             support = y_hat[: self.max_support_slices]
-            mean_support = self.atten_mean[i](torch.cat([latent_means, *support], dim=1))
-            scale_support = self.atten_scale[i](torch.cat([latent_scales, *support], dim=1))
-            mu = self.cc_mean_transforms[i](mean_support)
-            scale = self.cc_scale_transforms[i](scale_support)
-            y_hat_slice = code_slice(i, mu, scale)
-            residual = self.lrp_transforms[i](torch.cat([mean_support, y_hat_slice], dim=1))
-            y_hat.append(y_hat_slice + 0.5 * torch.tanh(residual))
+            mu, scale, mean_support = run_stage(self.predict, i, *latents, *support)
+            y_hat.append(run_stage(self.correct, i, mean_support, code_slice(i, mu, scale)))
         return torch.cat(y_hat, dim=1)
+
+    def transform(self, z_hat: Tensor) -> tuple[Tensor, Tensor]:
+        """What all slices' means and all slices' scales are predicted from."""
+        return self.h_mean_s(z_hat), self.h_scale_s(z_hat)
+
+    def predict(
+        self, i: int, latent_means: Tensor, latent_scales: Tensor, *support: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean and scale of slice i from the slices before it; what `correct` starts from."""
+        mean_support = self.atten_mean[i](torch.cat([latent_means, *support], dim=1))
+        scale_support = self.atten_scale[i](torch.cat([latent_scales, *support], dim=1))
+        mu = self.cc_mean_transforms[i](mean_support)
+        return mu, self.cc_scale_transforms[i](scale_support), mean_support
+
+    def correct(self, i: int, mean_support: Tensor, y_hat_slice: Tensor) -> Tensor:
+        """Add the predicted residual of rounding to slice i."""
+        residual = self.lrp_transforms[i](torch.cat([mean_support, y_hat_slice], dim=1))
+        return y_hat_slice + 0.5 * torch.tanh(residual)
 
 
 @contextlib.contextmanager
