@@ -14,6 +14,7 @@ Letters are those of the README of this folder. In addition `u` is delta * x, `a
 and pixels are numbered row-major in arrays (batch, length, ...).
 """
 
+import functools
 import itertools
 import math
 import operator
@@ -50,13 +51,17 @@ def _vector_bytes() -> int:
 VECTOR_BYTES = _vector_bytes()
 
 
-def _jit(function):
+def _jit(function, inline=False):
     """`njit` that releases the interpreter lock and caches on disk where a place is writable."""
     flags = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    flags["forceinline"] = inline
     try:
         return njit(cache=True, **flags)(function)
     except RuntimeError:
         return njit(**flags)(function)
+
+
+_jit_inline = functools.partial(_jit, inline=True)
 
 
 class Lanes(types.Type):
@@ -92,6 +97,16 @@ def _lane_pointer(context, builder, array_type, array, index_type, index):
     ]
     pointer = cgutils.get_item_pointer(context, builder, array_type, view, indices)
     return builder.bitcast(pointer, context.get_value_type(Lanes(array_type.dtype)).as_pointer())
+
+
+def _lanes(array):
+    """Numbers in a vector of the array's type: a constant, so that loops need no division."""
+
+
+@overload(_lanes)
+def _overload_lanes(array):
+    count = VECTOR_BYTES * 8 // array.dtype.bitwidth
+    return lambda array: count
 
 
 @intrinsic
@@ -309,25 +324,46 @@ def _pixel(direction, step, height, width):
     return i if direction % 2 == 0 else i % height * width + i // height
 
 
+# The two below run through rows whose size is known only at run time. The compiler would make
+# gathers and scatters of a plain loop, and calls would take longer than what they do.
+@_jit_inline
+def _copy(source, i, target, j, size):
+    """Set `size` numbers of a row of `target`, from index j, to those of `source` from index i."""
+    whole = size - size % _lanes(source)
+    for c in range(0, whole, _lanes(source)):
+        _store(target, (j[0], j[1] + c), _load(source, (i[0], i[1] + c)))
+    for c in range(whole, size):
+        target[j[0], j[1] + c] = source[i[0], i[1] + c]
+
+
+@_jit_inline
+def _add(source, i, target, j, size):
+    """As `_copy`, but add to what is there."""
+    whole = size - size % _lanes(source)
+    for c in range(0, whole, _lanes(source)):
+        total = _load(target, (j[0], j[1] + c)) + _load(source, (i[0], i[1] + c))
+        _store(target, (j[0], j[1] + c), total)
+    for c in range(whole, size):
+        target[j[0], j[1] + c] += source[i[0], i[1] + c]
+
+
 @_jit
 def _load_chunk(
     k, start, steps, height, width, x, x_dbl, first, size, rank, dstate, pixels, r, B, C, xs
 ):
     """Read `steps` pixels from step `start` of direction k of one image.
 
-    x (length, dim), x_dbl (length, 4, rank + 2 dstate). Filled are pixels (STEPS), r (STEPS,
+    x (length, dim), x_dbl (length, 4 (rank + 2 dstate)). Filled are pixels (STEPS), r (STEPS,
     ranks), B and C (STEPS, states) and, with channels first : first + size, xs (STEPS, channels).
     """
+    row = k * (rank + 2 * dstate)
     for t in range(steps):
         p = _pixel(k, start + t, height, width)
         pixels[t] = p
-        for i in range(rank):
-            r[t, i] = x_dbl[p, k, i]
-        for n in range(dstate):
-            B[t, n] = x_dbl[p, k, rank + n]
-            C[t, n] = x_dbl[p, k, rank + dstate + n]
-        for c in range(size):
-            xs[t, c] = x[p, first + c]
+        _copy(x_dbl, (p, row), r, (t, 0), rank)
+        _copy(x_dbl, (p, row + rank), B, (t, 0), dstate)
+        _copy(x_dbl, (p, row + rank + dstate), C, (t, 0), dstate)
+        _copy(x, (p, first), xs, (t, 0), size)
 
 
 @_jit
@@ -337,11 +373,12 @@ def _prefetch_chunk(k, start, height, width, first, size, x_dbl, images):
     The loads of a chunk are too short, and too far apart in the column-major directions, for the
     processor to see them coming.
     """
-    line = 64 // x_dbl.itemsize
+    line = 64 // VECTOR_BYTES * _lanes(x_dbl)
+    row = x_dbl.shape[1] // 4
     for step in range(max(start, 0), min(start + STEPS, height * width)):
         p = _pixel(k, step, height, width)
-        for i in range(0, x_dbl.shape[2] + line - 1, line):
-            _prefetch(x_dbl, (p, k, i))
+        for i in range(0, row + line - 1, line):
+            _prefetch(x_dbl, (p, k * row + i))
         for image in images:
             for c in range(0, size, line):
                 _prefetch(image, (p, first + c))
@@ -353,7 +390,7 @@ def _project(W, bias, r, z):
 
     W (ranks, channels), r (STEPS, ranks), bias (channels).
     """
-    for c in range(0, W.shape[1], VECTOR_BYTES // z.itemsize):
+    for c in range(0, W.shape[1], _lanes(z)):
         for t in range(0, STEPS, 4):
             w = _load(W, (0, c))
             z0, z1, z2, z3 = w * r[t, 0], w * r[t + 1, 0], w * r[t + 2, 0], w * r[t + 3, 0]
@@ -374,7 +411,7 @@ def _project(W, bias, r, z):
 def _scan_chunk(steps, A, delta, u, B, C, h, y):
     """Advance the states h (states, channels) over a chunk and add C . h to y (STEPS, channels)."""
     for n in range(0, A.shape[0], 4):
-        for c in range(0, h.shape[1], VECTOR_BYTES // h.itemsize):
+        for c in range(0, h.shape[1], _lanes(h)):
             A0, A1 = _load(A, (n, c)), _load(A, (n + 1, c))
             A2, A3 = _load(A, (n + 2, c)), _load(A, (n + 3, c))
             h0, h1 = _load(h, (n, c)), _load(h, (n + 1, c))
@@ -397,7 +434,7 @@ def _scan_chunk(steps, A, delta, u, B, C, h, y):
 def _advance_chunk(steps, A, delta, u, B, h, h_next):
     """h_next (states, channels): the states h advanced over a chunk."""
     for n in range(0, A.shape[0], 2):
-        for c in range(0, h.shape[1], VECTOR_BYTES // h.itemsize):
+        for c in range(0, h.shape[1], _lanes(h)):
             A0, A1 = _load(A, (n, c)), _load(A, (n + 1, c))
             h0, h1 = _load(h, (n, c)), _load(h, (n + 1, c))
             for t in range(steps):
@@ -419,7 +456,7 @@ def _sweep_chunk(steps, A, delta, u, B, C, dy, h, g, du, ddelta, dA, dB, dC, wor
     """
     a_s, h_s, dB_s, dC_s = work[0], work[1], work[2], work[3]
     for n in range(0, A.shape[0], 2):
-        for c in range(0, h.shape[1], VECTOR_BYTES // h.itemsize):
+        for c in range(0, h.shape[1], _lanes(h)):
             A0, A1 = _load(A, (n, c)), _load(A, (n + 1, c))
             h0, h1 = _load(h, (n, c)), _load(h, (n + 1, c))
             for t in range(steps):
@@ -469,13 +506,13 @@ def _sweep_chunk(steps, A, delta, u, B, C, dy, h, g, du, ddelta, dA, dB, dC, wor
 @_jit
 def _sweep_projection(steps, W, r, dz, dr, dW, dbias):
     """dr (STEPS, ranks) is set, dW (ranks, channels) and dbias (channels) are added to."""
-    for c in range(0, W.shape[1], VECTOR_BYTES // r.itemsize):
+    for c in range(0, W.shape[1], _lanes(r)):
         total = _load(dbias, (c,))
         for t in range(steps):
             total += _load(dz, (t, c))
         _store(dbias, (c,), total)
     for i in range(0, W.shape[0], 4):
-        for c in range(0, W.shape[1], VECTOR_BYTES // r.itemsize):
+        for c in range(0, W.shape[1], _lanes(r)):
             s0, s1 = _load(dW, (i, c)), _load(dW, (i + 1, c))
             s2, s3 = _load(dW, (i + 2, c)), _load(dW, (i + 3, c))
             for t in range(steps):
@@ -492,7 +529,7 @@ def _sweep_projection(steps, W, r, dz, dr, dW, dbias):
             d = _load(dz, (t, 0))
             s0, s1 = d * _load(W, (i, 0)), d * _load(W, (i + 1, 0))
             s2, s3 = d * _load(W, (i + 2, 0)), d * _load(W, (i + 3, 0))
-            lanes = VECTOR_BYTES // r.itemsize
+            lanes = _lanes(r)
             for c in range(lanes, W.shape[1], lanes):
                 d = _load(dz, (t, c))
                 s0 += d * _load(W, (i, c))
@@ -507,7 +544,7 @@ def _sweep_projection(steps, W, r, dz, dr, dW, dbias):
 def _forward_block(image, block, height, width, dstate, rank, x, x_dbl, W, bias, A, D, y):
     """Scan one block of channels of one image in all four directions, adding into y.
 
-    x, y (batch, length, dim); x_dbl (batch, length, 4, rank + 2 dstate); W (4, blocks, ranks,
+    x, y (batch, length, dim); x_dbl (batch, length, 4 (rank + 2 dstate)); W (4, blocks, ranks,
     channels); bias, D (4, blocks, channels); A (4, blocks, states, channels), times log2(e).
     """
     length, dim = x.shape[1:]
@@ -532,7 +569,7 @@ def _forward_block(image, block, height, width, dstate, rank, x, x_dbl, W, bias,
             )  # fmt: skip
             _project(W[k, block], bias[k, block], r, delta)
             for t in range(steps):
-                for c in range(0, channels, VECTOR_BYTES // x.itemsize):
+                for c in range(0, channels, _lanes(x)):
                     d, x_t = _softplus(_load(delta, (t, c)))[0], _load(xs, (t, c))
                     _store(delta, (t, c), d)
                     _store(u, (t, c), d * x_t)
@@ -540,13 +577,10 @@ def _forward_block(image, block, height, width, dstate, rank, x, x_dbl, W, bias,
             _prefetch_chunk(k, start + STEPS, height, width, first, size, x_dbl, (x, y))
             _scan_chunk(steps, A[k, block], delta, u, B, C, h, ys)
             for t in range(steps):
-                p = pixels[t]
                 if k == 0:
-                    for c in range(size):
-                        y[p, first + c] = ys[t, c]
+                    _copy(ys, (t, 0), y, (pixels[t], first), size)
                 else:
-                    for c in range(size):
-                        y[p, first + c] += ys[t, c]
+                    _add(ys, (t, 0), y, (pixels[t], first), size)
 
 
 @_jit
@@ -564,6 +598,7 @@ def _backward_block(
     first = block * channels
     size = min(channels, dim - first)
     states, ranks = A.shape[2], W.shape[2]
+    row = k * (rank + 2 * dstate)
     chunks = (length + STEPS - 1) // STEPS
     ln2 = x.dtype.type(math.log(2))
     x, x_dbl, dy, dx, dx_dbl = x[image], x_dbl[image], dy[image], dx[image], dx_dbl[image]
@@ -576,7 +611,7 @@ def _backward_block(
     delta, slope = np.empty((STEPS, channels), x.dtype), np.empty((STEPS, channels), x.dtype)
     u, du = np.empty((STEPS, channels), x.dtype), np.empty((STEPS, channels), x.dtype)
     ddelta = np.empty((STEPS, channels), x.dtype)
-    work = np.empty((4, 2 * STEPS, VECTOR_BYTES // x.itemsize), x.dtype)
+    work = np.empty((4, 2 * STEPS, _lanes(x)), x.dtype)
     g = np.zeros((states, channels), x.dtype)
     # Sums over all pixels are formed in two levels, which keeps their rounding errors small.
     chunk_dA, chunk_dW = np.empty((states, channels), x.dtype), np.empty((ranks, channels), x.dtype)
@@ -597,7 +632,7 @@ def _backward_block(
         )  # fmt: skip
         _project(W, bias, r, delta)
         for t in range(steps):
-            for c in range(0, channels, VECTOR_BYTES // x.itemsize):
+            for c in range(0, channels, _lanes(x)):
                 d, s = _softplus(_load(delta, (t, c)))
                 _store(delta, (t, c), d)
                 _store(slope, (t, c), s)
@@ -609,14 +644,13 @@ def _backward_block(
 
         _prefetch_chunk(k, (chunk - 1) * STEPS, height, width, first, size, x_dbl, (x, dy, dx))
         for t in range(steps):
-            for c in range(size):
-                dys[t, c] = dy[pixels[t], first + c]
+            _copy(dy, (pixels[t], first), dys, (t, 0), size)
         du[:], ddelta[:], chunk_dA[:], chunk_dW[:], chunk_dbias[:], chunk_dD[:] = 0, 0, 0, 0, 0, 0
         _sweep_chunk(
             steps, A, delta, u, B, C, dys, starts[chunk], g, du, ddelta, chunk_dA, dB, dC, work
         )
         for t in range(steps):
-            for c in range(0, channels, VECTOR_BYTES // x.itemsize):
+            for c in range(0, channels, _lanes(x)):
                 dy_t, x_t, du_t = _load(dys, (t, c)), _load(xs, (t, c)), _load(du, (t, c))
                 dz = (_load(ddelta, (t, c)) * ln2 + du_t * x_t) * _load(slope, (t, c))
                 _store(ddelta, (t, c), dz)
@@ -629,13 +663,10 @@ def _backward_block(
         dD += chunk_dD
         for t in range(steps):
             p = pixels[t]
-            for c in range(size):
-                dx[p, first + c] += du[t, c]
-            for j in range(rank):
-                dx_dbl[p, k, j] += dr[t, j]
-            for n in range(dstate):
-                dx_dbl[p, k, rank + n] += dB[t, n]
-                dx_dbl[p, k, rank + dstate + n] += dC[t, n]
+            _add(du, (t, 0), dx, (p, first), size)
+            _add(dr, (t, 0), dx_dbl, (p, row), rank)
+            _add(dB, (t, 0), dx_dbl, (p, row + rank), dstate)
+            _add(dC, (t, 0), dx_dbl, (p, row + rank + dstate), dstate)
 
 
 _pool: ThreadPoolExecutor | None = None
@@ -703,7 +734,7 @@ class _Problem:
         )
 
     def image(self, x: Tensor) -> np.ndarray:
-        return x.detach().to(self.dtype).contiguous().flatten(1, 2).numpy()
+        return x.detach().to(self.dtype).contiguous().flatten(1, 2).flatten(2).numpy()
 
 
 def scan_2d_forward(
