@@ -29,8 +29,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models
 import utils
+from graphs import Replay
 from kernels.ops import scan_flops, scan_macs
 from layers import SS2D, WindowAttention, swin
+from models.entropy import call
 from results import scaling, style
 from utils import ArgumentParser, UsageError
 
@@ -155,14 +157,18 @@ def _counts(modules: Sequence[nn.Module]) -> dict[str, int]:
     }
 
 
-def operation(model: models.SliceHyperprior, name: str, x: Tensor) -> Callable[[], object]:
+def operation(
+    model: models.SliceHyperprior, name: str, x: Tensor, run_stage: Callable = call
+) -> Callable[[], object]:
     """A function that does one operation on pictures x: what `measure` runs.
 
     ``encode`` is `compress`, ``decode`` is `decompress` of what `compress` made of x (the
     network and the entropy coder), ``forward`` is the estimate without a gradient, ``step`` is
-    forward and backward in training mode, without an optimiser.
+    forward and backward in training mode, without an optimiser. All but the last go through
+    ``run_stage``.
     """
     model.train(name == "step")
+    model.run_stage = run_stage
     if name == "step":
 
         def step() -> None:
@@ -177,7 +183,7 @@ def operation(model: models.SliceHyperprior, name: str, x: Tensor) -> Callable[[
     if name == "decode":
         coded = model.compress(x)
         return lambda: model.decompress(**coded)
-    return torch.no_grad()(lambda: model(x))
+    return torch.no_grad()(lambda: run_stage(model, x))
 
 
 def measure(run: Callable[[], object], device: torch.device, repeats: int) -> dict:
@@ -231,15 +237,27 @@ def measure_all(
     device: torch.device,
     repeats: int,
     batch_size: int = 1,
+    cuda_graph: bool = False,
 ) -> dict[str, dict | None]:
-    """`measure` for each operation; None for one that the GPU's memory does not hold."""
+    """`measure` for each operation; None for one that the GPU's memory does not hold.
+
+    With ``cuda_graph`` all but ``step`` are timed as CUDA graphs, and their memory is not measured.
+    """
     x = torch.rand(batch_size, 3, height, width, device=device)
     results: dict[str, dict | None] = {}
     for name in names:
+        replayed = cuda_graph and name != "step"
         try:
-            results[name] = measure(operation(model, name, x), device, repeats)
+            run = operation(model, name, x, Replay() if replayed else call)
+            if replayed:
+                run()  # what `measure` warms up with is then the capture
+            results[name] = measure(run, device, repeats)
+            if replayed:
+                results[name]["peak_bytes"] = None
         except torch.OutOfMemoryError:
             results[name] = None
+        run = None  # lets go of its graphs
+        model.run_stage = call
         model.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -337,6 +355,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--cuda", action="store_true", help="measure on the GPU")
     parser.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="time all but step as CUDA graphs, without waiting for the host; no memory then",
+    )
+    parser.add_argument(
         "--measure",
         nargs="*",
         choices=OPERATIONS,
@@ -350,6 +373,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw all numbers here")
     args = parser.parse_args(argv)
+    if args.cuda_graph and not args.cuda:
+        raise UsageError("--cuda-graph needs --cuda; add it")
     if args.size and args.sweep:
         raise UsageError("--size and --sweep exclude each other; give one of them")
     if args.json is not None and not args.json.parent.is_dir():
@@ -375,6 +400,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "cuda": torch.version.cuda if args.cuda else None,
         },
         "batch_size": args.batch_size,
+        "cuda_graph": args.cuda_graph,
         "repeats": args.repeats,
         "rows": [],
     }
@@ -389,7 +415,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             if args.measure:
                 utils.logger.info("measuring %s at %dx%d", name, height, width)
             measured = measure_all(
-                model, height, width, args.measure, device, args.repeats, args.batch_size
+                model,
+                height,
+                width,
+                args.measure,
+                device,
+                args.repeats,
+                args.batch_size,
+                args.cuda_graph,
             )
             size = {"model": name, "height": height, "width": width}
             rows.append({**size, **counted, "measured": measured})

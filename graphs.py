@@ -109,7 +109,6 @@ class Replay:
     """Runs functions without gradients, from the second call on with equal shapes as CUDA graphs.
 
     For ``model.run_stage`` of one model, whose weights keep their memory (new values are fine).
-    What a call returns is overwritten by the next one of the same function with the same shapes.
 
     Args:
         limit: graphs to keep before all are forgotten; a size of pictures takes 13.
@@ -122,7 +121,7 @@ class Replay:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable, *args):
-        """Return ``function(*args)``; tensors among the arguments may change between replays."""
+        """Return ``function(*args)``: tensors, or tuples or dicts of them."""
         key = (
             # A method counts as itself whatever object it belongs to.
             getattr(function, "__func__", function),
@@ -139,14 +138,14 @@ class Replay:
         for static, tensor in zip(tensors, _tensors(args), strict=True):
             static.copy_(tensor)
         graph.replay()
-        return result
+        # All graphs work in the same memory: the next replay may overwrite this result.
+        return _copy(result)
 
     def _capture(self, function: Callable, args: Sequence):
         graph = torch.cuda.CUDAGraph()
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             own = [torch.empty_like(a).copy_(a) if isinstance(a, Tensor) else a for a in args]
-            # Results stay alive, so that graphs can share the memory of what lies between.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 result = function(*own)
         return graph, _tensors(own), result
@@ -154,3 +153,11 @@ class Replay:
 
 def _tensors(args: Sequence) -> list[Tensor]:
     return [arg for arg in args if isinstance(arg, Tensor)]
+
+
+def _copy(result):
+    if isinstance(result, Tensor):
+        return result.clone()
+    if isinstance(result, dict):
+        return {key: _copy(value) for key, value in result.items()}
+    return tuple(_copy(value) for value in result)
