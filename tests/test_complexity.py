@@ -192,7 +192,7 @@ def test_peak_memory_is_that_of_the_measured_function():
 
 
 def test_an_operation_that_does_not_fit_is_reported(monkeypatch):
-    def too_large(model, name, x):
+    def too_large(model, name, x, run_stage):
         def run():
             raise torch.OutOfMemoryError("CUDA out of memory")
 
