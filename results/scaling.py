@@ -2,8 +2,8 @@
 
 ::
 
-    python complexity.py --sweep --measure --json results/complexity-counts.json
-    python -m results.scaling results/complexity-counts.json --output pic/complexity.png
+    python complexity.py --cuda --sweep --measure encode decode forward step --json FILE
+    python -m results.scaling FILE --output pic/complexity.png
 """
 
 import json
@@ -131,7 +131,8 @@ def draw(content: dict, output: Path) -> None:
     columns = min(2, len(panels))
     height = -(-len(panels) // columns)
     with plt.rc_context(style.RC):
-        size = (columns * PANEL_WIDTH, height * PANEL_HEIGHT)
+        footer = 0.25 if content.get("device") else 0.0
+        size = (columns * PANEL_WIDTH, height * PANEL_HEIGHT + footer)
         figure = plt.figure(figsize=size)
         for i, panel in enumerate(panels):
             # Fixed places, so that the names beside the axes have room.

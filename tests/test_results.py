@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import models
-from results import architecture, plot, receptive_field, scaling, style, visual
+from results import architecture, plot, receptive_field, scaling, speed, style, visual
 from results.plot import PUBLISHED, Curve, bd_rate, load_curve
 from utils import UsageError
 
@@ -205,8 +205,35 @@ def test_measured_quantities_get_a_panel_each(tmp_path):
     file, output = tmp_path / "c.json", tmp_path / "c.png"
     file.write_text(json.dumps({"device": "a GPU", "batch_size": 1, "rows": rows}))
     scaling.main([str(file), "--output", str(output)])
-    # Bars, MACs, memory and time of the forward pass: two rows of two panels of 920x700.
-    assert picture_size(output) == (1840, 1400)
+    # Bars, MACs, memory and time of the forward pass: two rows of two panels of 920x700, a footer.
+    assert picture_size(output) == (1840, 1450)
+
+
+def test_speed_has_a_panel_for_each_quantity(tmp_path):
+    def record(backend, height, group="scaling", **values):
+        name = f"forward {height}x768" + (" graph" if group == "network" else "")
+        return {"group": group, "name": name, "backend": backend, **values}
+
+    records = [
+        record(backend, height, median_ms=factor * height, peak_mib=height)
+        for backend, factor in (("triton", 1), ("mamba_ssm", 3)) for height in (1024, 512)
+    ]  # fmt: skip
+    records += [record("auto", height, "network", median_ms=height) for height in (512, 1024)]
+    records += [record("triton", 2048, error="out of memory")]
+    found = speed.lines(records, "median_ms")
+    assert found["mamba-ssm's scan"] == [(512 * 768 / 1e6, 1536), (1024 * 768 / 1e6, 3072)]
+    assert len(found) == 3
+    assert len(speed.lines(records, "peak_mib")) == 2
+    file, output = tmp_path / "b.json", tmp_path / "b.png"
+    file.write_text(json.dumps({"machine": {"device": "a GPU", "torch": "2"}, "records": records}))
+    speed.main([str(file), "--output", str(output)])
+    assert picture_size(output) == (1840, 700)
+    file.write_text(json.dumps({"machine": {"device": "a GPU", "torch": "2"}, "records": []}))
+    with pytest.raises(UsageError, match="nothing to draw"):
+        speed.main([str(file), "--output", str(output)])
+    file.write_text("[]")
+    with pytest.raises(UsageError, match=r"not a file that benchmark.py"):
+        speed.main([str(file), "--output", str(output)])
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", '{"rows": [{"model": "x"}]}'])
