@@ -10,6 +10,7 @@ Several inputs go to an output folder. ``-`` is standard input or output. Exit c
 
 import argparse
 import contextlib
+import functools
 import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -196,12 +197,24 @@ def data_errors(name: str) -> Iterator[None]:
 
 
 class Codec:
-    """A model with its fingerprint: pictures to `.mvc` files and back."""
+    """A model with its fingerprint: pictures to `.mvc` files and back.
 
-    def __init__(self, model: SliceHyperprior, device: torch.device):
-        self.model = model
+    Args:
+        load: returns the model, on the device. It is called for the first input that can be
+            coded: others are refused at once.
+    """
+
+    def __init__(self, load: Callable[[], SliceHyperprior], device: torch.device):
+        self.load = load
         self.device = device
-        self.fingerprint = container.fingerprint(model)
+
+    @functools.cached_property
+    def model(self) -> SliceHyperprior:
+        return self.load()
+
+    @functools.cached_property
+    def fingerprint(self) -> bytes:
+        return container.fingerprint(self.model)
 
     @torch.inference_mode()
     def encode(self, image: Image.Image, exact: bool) -> bytes:
@@ -331,7 +344,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output == STANDARD and sys.stdout.isatty():
         raise UsageError("standard output is a terminal; redirect it to a file or a pipe")
     device = utils.select_device(args.cuda)
-    codec = Codec(utils.load_model(args.checkpoint, device), device)
+    checkpoint = utils.find_checkpoint(args.checkpoint)
+    codec = Codec(functools.partial(utils.load_model, checkpoint, device), device)
 
     def work(job: Job) -> str:
         if args.command == "encode":

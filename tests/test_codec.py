@@ -69,7 +69,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def coder(model):
-    return codec.Codec(model, torch.device("cpu"))
+    return codec.Codec(lambda: model, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +275,7 @@ def test_size_that_does_not_go_with_the_strings_is_refused(coder, width, height)
 
 
 def test_other_weights_are_refused_by_fingerprint(coder):
-    other = codec.Codec(spread_model(seed=1), torch.device("cpu"))
+    other = codec.Codec(lambda: spread_model(seed=1), torch.device("cpu"))
     with pytest.raises(BitstreamError, match="made by model"):
         other.decode(coder.encode(picture(20, 20), exact=True))
 
