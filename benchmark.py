@@ -182,14 +182,26 @@ def exponential_floor(batch: int, height: int, width: int, dim: int, dstate: int
     return updates / (processors * 16 * clock_mhz * 1e3)
 
 
-def backward_pass(function: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Callable[[], None]:
-    """A forward and a backward pass of `function` with a fixed random output gradient."""
-    gradient = torch.randn_like(function().detach())
+def bench_gradients(
+    bench: Bench,
+    group: str,
+    name: str,
+    backend: str,
+    function: Callable[[], Tensor],
+    inputs: Sequence[Tensor],
+) -> None:
+    """Measure the backward pass of `function`, and both passes, for one random gradient."""
+    output = function()
+    gradient = torch.randn_like(output)
 
-    def run() -> None:
+    def backward() -> None:
+        torch.autograd.grad(output, inputs, gradient, retain_graph=True)
+
+    def both() -> None:
         torch.autograd.grad(function(), inputs, gradient)
 
-    return run
+    bench.run(group, f"{name} backward", backend, backward)
+    bench.run(group, f"{name} fwd+bwd", backend, both)
 
 
 def bench_operator(bench: Bench, backends: Sequence[str]) -> None:
@@ -209,8 +221,7 @@ def bench_operator(bench: Bench, backends: Sequence[str]) -> None:
 
             with torch.no_grad():
                 bench.run("operator", f"scan {label} forward", backend, scan, **floor)
-            both = backward_pass(scan, arguments)
-            bench.run("operator", f"scan {label} fwd+bwd", backend, both)
+            bench_gradients(bench, "operator", f"scan {label}", backend, scan, arguments)
 
 
 def bench_block(bench: Bench, backends: Sequence[str]) -> None:
@@ -227,8 +238,8 @@ def bench_block(bench: Bench, backends: Sequence[str]) -> None:
             with automatic_backend(backend):
                 with torch.no_grad():
                     bench.run("block", f"SS2D 256 {label} forward", backend, forward)
-                both = backward_pass(forward, [u, *block.parameters()])
-                bench.run("block", f"SS2D 256 {label} fwd+bwd", backend, both)
+                inputs = [u, *block.parameters()]
+                bench_gradients(bench, "block", f"SS2D 256 {label}", backend, forward, inputs)
 
 
 def network(bench: Bench) -> models.SliceHyperprior:

@@ -163,3 +163,31 @@ def test_registry():
 def test_constructor_refuses_uneven_slices():
     with pytest.raises(ValueError, match="M=21 is not a multiple of num_slices=5"):
         MambaVC(N=8, M=21)
+
+
+@torch.no_grad()
+def test_coding_goes_through_run_stage():
+    """What `graphs.Replay` relies on: stages are functions of their arguments alone."""
+    model = models.build_model("mambavc", **TINY).eval()
+    model.update()
+    x = torch.rand(1, 3, 64, 64)
+    stream = model.compress(x)
+    x_hat = model.decompress(**stream)["x_hat"]
+    ran = []
+
+    def run_stage(stage, *args):
+        ran.append(getattr(stage, "__name__", "g_s"))
+        copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+        result = stage(*copies)
+        for copy in copies:
+            if isinstance(copy, torch.Tensor):
+                copy.fill_(torch.nan)
+        return result
+
+    model.run_stage = run_stage
+    assert model.compress(x) == stream
+    slices = ["transform", *["predict", "correct"] * 5]
+    assert ran == ["_analyse", *slices]
+    ran.clear()
+    assert torch.equal(model.decompress(**stream)["x_hat"], x_hat)
+    assert ran == [*slices, "g_s"]
