@@ -6,8 +6,6 @@
     python -m results.scaling FILE --output pic/complexity.png
 """
 
-import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from results import style
-from utils import ArgumentParser, UsageError, run_main
+from utils import UsageError, run_main
 
 # What the bars are split into, in the order they are stacked.
 PARTS = {
@@ -153,33 +151,13 @@ def draw(content: dict, output: Path) -> None:
         plt.close(figure)
 
 
-def load(path: Path) -> dict:
-    """Read what complexity.py wrote.
-
-    Raises:
-        UsageError: the file is missing or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text())
-        rows = content["rows"]
-        for row in rows:
-            row["model"], row["height"], row["width"], row["macs"], row["parts"], row["measured"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{path} is not a file that complexity.py --json wrote ({error!r})"
-        ) from None
-    return content
+def _check(content: dict) -> None:
+    for row in content["rows"]:
+        row["model"], row["height"], row["width"], row["macs"], row["parts"], row["measured"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(
-        prog="python -m results.scaling",
-        description="Draw cost against resolution from a file that complexity.py wrote.",
-    )
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--output", type=Path, default=Path("pic/complexity.png"), metavar="FILE")
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    draw(load(args.file), args.output)
+    style.draw_file("scaling", "complexity.py", "pic/complexity.png", _check, draw, argv)
 
 
 if __name__ == "__main__":

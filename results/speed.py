@@ -6,9 +6,7 @@
     python -m results.speed FILE --output pic/speed.png
 """
 
-import json
 import re
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from matplotlib import pyplot as plt
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from results import style
-from utils import ArgumentParser, UsageError, run_main
+from utils import UsageError, run_main
 
 NAMES = {
     "triton": "Triton",
@@ -105,33 +103,14 @@ def draw(content: dict, output: Path) -> None:
         plt.close(figure)
 
 
-def load(path: Path) -> dict:
-    """Read what benchmark.py wrote.
-
-    Raises:
-        UsageError: the file is missing or holds something else.
-    """
-    try:
-        content = json.loads(path.read_text())
-        content["machine"]["device"], content["machine"]["torch"]
-        for record in content["records"]:
-            record["group"], record["name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{path} is not a file that benchmark.py --json wrote ({error!r})"
-        ) from None
-    return content
+def _check(content: dict) -> None:
+    content["machine"]["device"], content["machine"]["torch"]
+    for record in content["records"]:
+        record["group"], record["name"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(
-        prog="python -m results.speed",
-        description="Draw time and memory against the picture's size from a file of benchmark.py.",
-    )
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--output", type=Path, default=Path("pic/speed.png"), metavar="FILE")
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-    draw(load(args.file), args.output)
+    style.draw_file("speed", "benchmark.py", "pic/speed.png", _check, draw, argv)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """One look for all figures: colours that colour-blind readers tell apart, labels at the lines."""
 
-from collections.abc import Sequence
+import json
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from utils import UsageError, atomic_write
+from utils import ArgumentParser, UsageError, atomic_write
 
 matplotlib.use("Agg")
 
@@ -137,3 +139,43 @@ def save(figure: Figure, path: Path, dpi: int = 200) -> None:
     metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format=kind, dpi=dpi, metadata=metadata.get(kind))
+
+
+def draw_file(
+    module: str,
+    script: str,
+    output: str,
+    check: Callable[[dict], object],
+    draw: Callable[[dict, Path], None],
+    argv: Sequence[str] | None,
+) -> None:
+    """Command line of a figure that is made from the JSON file of one script.
+
+    Args:
+        module: of this package.
+        script: that writes such files.
+        output: the picture, if the command names no other.
+        check: touches all that a content must have; KeyError and TypeError mean that it has not.
+        draw: from the content into a picture file.
+        argv: arguments without the program's name; None for the process's own.
+
+    Raises:
+        UsageError: the file is missing or holds something else.
+    """
+    parser = ArgumentParser(
+        prog=f"python -m results.{module}",
+        description=f"Draw a file that {script} wrote.",
+    )
+    parser.add_argument("file", type=Path)
+    parser.add_argument(
+        "--output", type=Path, default=Path(output), metavar="FILE", help=f"default: {output}"
+    )
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        content = json.loads(args.file.read_text())
+        check(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{args.file} is not a file that {script} --json wrote ({error!r})"
+        ) from None
+    draw(content, args.output)
