@@ -100,10 +100,11 @@ def _draw_lines(axes: Axes, rows: Sequence[dict], title: str, unit: str, value: 
     axes.set_ylabel(unit)
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
-    sizes = sorted({(row["height"] * row["width"] / 1e6, row["height"]) for row in rows})
-    labels = {megapixels: f"{megapixels:.2g}" for megapixels, _ in sizes if megapixels > 0.3}
-    axes.xaxis.set_major_locator(FixedLocator(list(labels)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: labels.get(x, "")))
+    sizes = sorted({row["height"] * row["width"] / 1e6 for row in rows})
+    # Names of small sizes would overlap.
+    ticks = [size for size in sizes if size > 0.08 * sizes[-1]]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2g}"))
     axes.set_xlabel("megapixels")
     style.label_lines(axes, ends)
 
@@ -145,7 +146,10 @@ def draw(content: dict, output: Path) -> None:
             else:
                 _draw_lines(axes, rows, *panel)
         if content.get("device"):
-            text = f"memory and time: {content['device']}, batch size {content['batch_size']}"
+            text = (
+                f"memory and time: {content['device']}, PyTorch's default flags, "
+                f"batch size {content['batch_size']}"
+            )
             figure.text(0.01, 0.06 / size[1], text, fontsize=7.5, color=style.MUTED)
         style.save(figure, output)
         plt.close(figure)

@@ -18,8 +18,8 @@ from results import style
 from utils import UsageError, run_main
 
 NAMES = {
-    "triton": "Triton",
-    "cpu": "Numba",
+    "triton": "ours",
+    "cpu": "ours",
     "mamba_ssm": "mamba-ssm's scan",
     "published": "published code",
 }
@@ -45,7 +45,7 @@ def lines(records: Sequence[dict], key: str) -> dict[str, Line]:
         if record["group"] == "scaling":
             name = NAMES.get(record["backend"], record["backend"])
         elif record["group"] == "network" and match[3]:
-            name = "Triton, graphed"
+            name = "ours, CUDA graph"
         else:
             continue
         found[name].append((int(match[1]) * int(match[2]) / 1e6, record[key] / unit))
@@ -80,10 +80,10 @@ def draw(content: dict, output: Path) -> None:
             others = iter(style.OTHERS * len(found))
             ends = []
             for name, line in found.items():
-                ours = name.startswith(("Triton", "Numba"))
+                ours = name.startswith("ours")
                 colour = style.ACCENT if ours else next(others)
                 x, y = zip(*line, strict=True)
-                look = {"color": colour, "linestyle": "--" if "graphed" in name else "-"}
+                look = {"color": colour, "linestyle": "--" if "graph" in name else "-"}
                 axes.plot(x, y, marker="o", linewidth=2.2 if ours else 1.3, **look)
                 ends.append((name, x[-1], y[-1], colour))
             title, unit, _, ticks = PANELS[key]
