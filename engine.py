@@ -259,9 +259,13 @@ class Trainer:
         self.model.load_state_dict(checkpoint["net"])
         if self.ema and checkpoint["ema"]:
             self.ema.module.load_state_dict(checkpoint["ema"])
-        for key, optimizer in self.net_optimizers.items():
-            optimizer.load_state_dict(checkpoint["optimizers"][key])
-        self.aux_optimizer.load_state_dict(checkpoint["aux_optimizer"])
+        saved = [checkpoint["optimizers"][key] for key in self.net_optimizers]
+        saved.append(checkpoint["aux_optimizer"])
+        for optimizer, state in zip(self.optimizers, saved, strict=True):
+            for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+                # Which device it ran on: a run may go on with another.
+                group |= {key: own[key] for key in ("fused", "foreach") if key in own}
+            optimizer.load_state_dict(state)
         self.step = checkpoint["step"]
         # Rates follow the flags of this command, which are those of before unless changed.
         for scheduler, state in zip(self.schedulers, checkpoint["schedulers"], strict=True):

@@ -183,6 +183,20 @@ def test_killed_run_ends_as_one_that_never_was(flags, tmp_path):
     torch.testing.assert_close(ema, whole_ema, rtol=0, atol=0)
 
 
+def test_run_goes_on_on_another_kind_of_device(flags, tmp_path):
+    """On GPUs Adam is fused and counts its steps on the device; on CPUs it is neither."""
+    main(flags("whole", steps=2))
+    main(flags("moved", steps=1))
+    state = load(tmp_path / "moved")
+    for optimizer in (*state["optimizers"].values(), state["aux_optimizer"]):
+        optimizer["param_groups"][0]["fused"] = True
+    torch.save(state, tmp_path / "moved" / "0.05" / "checkpoint_latest.pth.tar")
+    main(flags("moved", "--continue_train", steps=2))
+    moved, whole = load(tmp_path / "moved"), load(tmp_path / "whole")
+    torch.testing.assert_close(moved["optimizers"], whole["optimizers"], rtol=0, atol=0)
+    torch.testing.assert_close(moved["aux_optimizer"], whole["aux_optimizer"], rtol=0, atol=0)
+
+
 def test_sigterm_saves_and_ends_the_run_well(flags, tmp_path, monkeypatch):
     main(flags("whole"))
     step = Trainer._train_step
