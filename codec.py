@@ -120,8 +120,8 @@ def plan(inputs: Sequence[str], output: str, ending: str, force: bool) -> list[J
             raise UsageError(f"{job.target} is both input and output; give another output")
     if folder:
         utils.make_folder(Path(output))
-    elif jobs[0].target and not jobs[0].target.parent.is_dir():
-        raise UsageError(f"folder {jobs[0].target.parent} does not exist; create it first")
+    elif jobs[0].target:
+        utils.check_output(jobs[0].target)
     return jobs
 
 

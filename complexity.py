@@ -283,6 +283,10 @@ def load(name: str, **sizes: int) -> tuple[str, models.SliceHyperprior]:
         raise UsageError(
             f"{name} is neither a model ({', '.join(models.list_models())}) nor a checkpoint file"
         ) from None
+    if sizes:
+        raise UsageError(
+            f"--{next(iter(sizes))} does not change the sizes of a checkpoint; leave it out"
+        )
     return path.name, utils.load_model(path)
 
 
@@ -377,8 +381,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError("--cuda-graph needs --cuda; add it")
     if args.size and args.sweep:
         raise UsageError("--size and --sweep exclude each other; give one of them")
-    if args.json is not None and not args.json.parent.is_dir():
-        raise UsageError(f"folder {args.json.parent} of --json does not exist; create it first")
+    if args.json is not None:
+        utils.check_output(args.json)
     if args.plot is not None:
         style.check_output(args.plot)
         if not args.sweep and tuple(args.size or scaling.PARTS_SIZE) != scaling.PARTS_SIZE:

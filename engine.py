@@ -274,8 +274,10 @@ class Trainer:
                 group["lr"] = lr * self._lr_factor(self.step)
         for group in self.aux_optimizer.param_groups:
             group["lr"] = args.aux_learning_rate
-        self.best_loss = checkpoint["best_loss"]
-        self.history = checkpoint["history"]
+        # Losses of another definition are not to be compared with.
+        if all(checkpoint["args"][key] == getattr(args, key) for key in ("lmbda", "type")):
+            self.best_loss = checkpoint["best_loss"]
+            self.history = checkpoint["history"]
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if args.cuda and "cuda" in checkpoint["rng"]:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], self.device)
@@ -303,7 +305,8 @@ class Trainer:
                 with utils.atomic_write(path) as temporary, open(temporary, "wb") as file:
                     torch.save(state, file)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-            self.best_loss = before
+            if name == "best":
+                self.best_loss = before
             reason = str(error).partition("\n")[0]
             message = (
                 f"cannot write {path} at step {self.step} (is the disk full?): {reason}; "
@@ -548,6 +551,9 @@ class Trainer:
             disable=None if self.processes.is_first else True,
         )
         with bar, logging_redirect_tqdm([logger]):
+            judged = self.history[-1]["step"] if self.history else 0
+            if judged < self.step and self._validation_is_due():
+                self._end_step()  # which a signal kept it from
             while self.step < self.total_steps and not self.stopped:
                 measured = self._train_step()
                 meter.add(measured)
@@ -556,16 +562,19 @@ class Trainer:
                 ends = self.step == self.total_steps
                 if ends or self.stopped or self.step % self.args.log_every == 0:
                     self._report(meter.pop())
-                loss = math.inf
-                if not self.stopped and (ends or self.step % self.val_every == 0):
-                    loss = self._validate()
-                if (
-                    ends
-                    or self.stopped
-                    or loss < self.best_loss
-                    or self.step % self.save_every == 0
-                ):
-                    self._save(loss, must=ends or self.stopped)
+                self._end_step()
+
+    def _validation_is_due(self) -> bool:
+        return self.step == self.total_steps or self.step % self.val_every == 0
+
+    def _end_step(self) -> None:
+        """Validate and save where that is due."""
+        loss = math.inf
+        if not self.stopped and self._validation_is_due():
+            loss = self._validate()
+        must = self.stopped or self.step == self.total_steps
+        if must or loss < self.best_loss or self.step % self.save_every == 0:
+            self._save(loss, must)
 
 
 def center(x: Tensor, side: int = 256) -> Tensor:

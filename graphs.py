@@ -44,8 +44,7 @@ class GraphedGradients:
                     parameter.grad = None
         torch.cuda.current_stream(example.device).wait_stream(stream)
         torch.cuda.set_rng_state(random_state, example.device)
-        # Threads that load data go on using the device meanwhile.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with _capture(self.graph, torch.cuda.Stream(example.device)):
             self.result = function(self.batch)
         # Captured without a gradient to add to, a replay overwrites these.
         self.gradients = [(p, p.grad) for p in parameters if p.grad is not None]
@@ -75,13 +74,14 @@ class GraphedUpdate:
         self.rates = [torch.zeros((), device=device) for _ in self.groups]
         self.calls = 0
         self.graph = torch.cuda.CUDAGraph()
+        self.stream = torch.cuda.Stream(device)
 
     def __call__(self) -> None:
         """Take a step of each optimiser."""
         plain = [dict(group) for group in self.groups]
         for rate, group in zip(self.rates, self.groups, strict=True):
             rate.fill_(group["lr"])
-            group.update(lr=rate, capturable=True)
+            group.update(lr=rate, capturable=self.calls >= WARM_UP_CALLS)
         try:
             self._step()
         finally:
@@ -96,7 +96,7 @@ class GraphedUpdate:
             self._step_eagerly()
             return
         if self.calls == WARM_UP_CALLS:
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            with _capture(self.graph, self.stream):
                 self._step_eagerly()
         self.graph.replay()
 
@@ -109,14 +109,16 @@ class Replay:
     """Runs functions without gradients, from the second call on with equal shapes as CUDA graphs.
 
     For ``model.run_stage`` of one model, whose weights keep their memory (new values are fine).
-
-    Args:
-        limit: graphs to keep before all are forgotten; a size of pictures takes 13.
+    A size of pictures takes 13 graphs, which are kept until `forget`.
     """
 
-    def __init__(self, limit: int = 100):
-        self.limit = limit
+    def __init__(self):
         self.seen: set = set()
+        self.stream = torch.cuda.Stream()
+        self.forget()
+
+    def forget(self) -> None:
+        """Give back the memory of all graphs."""
         self.graphs: dict = {}
         self.pool = torch.cuda.graph_pool_handle()
 
@@ -125,15 +127,17 @@ class Replay:
         key = (
             # A method counts as itself whatever object it belongs to.
             getattr(function, "__func__", function),
-            *((a.shape, a.dtype, a.stride()) if isinstance(a, Tensor) else a for a in args),
+            *(
+                (a.shape, a.dtype, a.stride(), a.device) if isinstance(a, Tensor) else a
+                for a in args
+            ),
         )
         if key not in self.seen:
             self.seen.add(key)
-            return function(*args)
+            with torch.no_grad():
+                return function(*args)
         if key not in self.graphs:
-            if len(self.graphs) >= self.limit:
-                self.graphs.clear()
-            self.graphs[key] = self._capture(function, args)
+            self.graphs[key] = self._record(function, args)
         graph, tensors, result = self.graphs[key]
         for static, tensor in zip(tensors, _tensors(args), strict=True):
             static.copy_(tensor)
@@ -141,14 +145,23 @@ class Replay:
         # All graphs work in the same memory: the next replay may overwrite this result.
         return _copy(result)
 
-    def _capture(self, function: Callable, args: Sequence):
+    def _record(self, function: Callable, args: Sequence):
         graph = torch.cuda.CUDAGraph()
         # Tensors made in inference mode could not be written to outside of it.
         with torch.inference_mode(False), torch.no_grad():
             own = [torch.empty_like(a).copy_(a) if isinstance(a, Tensor) else a for a in args]
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            with _capture(graph, self.stream, self.pool):
                 result = function(*own)
         return graph, _tensors(own), result
+
+
+def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool=None):
+    """Context that captures a graph; threads that load data go on using the device meanwhile.
+
+    Libraries keep work space for each stream, which goes with the first graph that used it: graphs
+    that do not end together have streams of their own.
+    """
+    return torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
 
 
 def _tensors(args: Sequence) -> list[Tensor]:

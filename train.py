@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import datetime
@@ -26,14 +25,17 @@ from utils import positive_int
 logger = logging.getLogger("mambavc")
 
 
-def number(kind: type, at_least: float, below: float = math.inf) -> Callable[[str], float]:
-    """argparse type: an int or float of this range."""
+def number(
+    kind: type, least: float, below: float = math.inf, exclusive: bool = False
+) -> Callable[[str], float]:
+    """argparse type: an int or float of this range, which an ``exclusive`` least is not part of."""
 
     def parse(text: str) -> float:
         with suppress(ValueError):
-            if at_least <= kind(text) < below:
+            if least <= kind(text) < below and not (exclusive and kind(text) == least):
                 return kind(text)
-        limit = f"at least {at_least:g}" + (f" and below {below:g}" if below < math.inf else "")
+        limit = f"{'above' if exclusive else 'at least'} {least}"
+        limit += f" and below {below}" if below < math.inf else ""
         raise argparse.ArgumentTypeError(f"expected {kind.__name__}, {limit}, got {text!r}")
 
     return parse
@@ -43,7 +45,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = utils.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    positive_float = number(float, sys.float_info.min)
+    positive_float = number(float, 0, exclusive=True)
     # One flag in two lines reads better than ruff's six.
     # fmt: off
     add = parser.add_argument_group("model").add_argument
@@ -89,7 +91,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="add up the gradients of K batches for one step (default: 1)")
     add("--ema", type=number(float, 0, 1), metavar="DECAY",
         help="keep a running mean of the weights, which is validated and saved for use")
-    add("--seed", type=number(int, 0), default=0, help="default: 0")
+    add("--seed", type=number(int, 0, 2**32), default=0, help="default: 0")
 
     add = parser.add_argument_group("machine").add_argument
     add("--cuda", action="store_true",
@@ -99,7 +101,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="compile the transforms with torch.compile")
     add("--cuda-graph", action="store_true",
         help="replay the passes of a step from a CUDA graph: much faster where a GPU waits for "
-        "its host; needs --cuda, one process, no --accumulate")
+        "its host; needs --cuda, one process, --type mse, no --accumulate or --grad-checkpoint")
     add("--grad-checkpoint", action="store_true",
         help="recompute blocks in the backward pass: less memory, more time")
 
@@ -119,8 +121,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             f"--type ms-ssim needs a --patch-size of at least {utils.MS_SSIM_MIN_SIDE}, "
             f"got {args.patch_size[0]} {args.patch_size[1]}"
         )
-    if args.cuda_graph and (not args.cuda or args.accumulate > 1 or "RANK" in os.environ):
+    several = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if args.cuda_graph and (not args.cuda or args.accumulate > 1 or several):
         parser.error("--cuda-graph needs --cuda, one process and no --accumulate")
+    if args.cuda_graph and (args.grad_checkpoint or args.type == "ms-ssim"):
+        parser.error("--cuda-graph goes neither with --grad-checkpoint nor with --type ms-ssim")
     if args.learning_rate is None:
         args.learning_rate = 2e-3 if args.optimizer == "muon" else 1e-4
     return args

@@ -270,6 +270,18 @@ def atomic_write(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_output(path: Path) -> None:
+    """Make sure that a file can be written there, before the work whose result it takes.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot write {path}: folder {path.parent} does not exist; create it")
+    if path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder; give the name of a file")
+
+
 def find_checkpoint(name: Path | str) -> Path:
     """The file of that path, or the checkpoint of that name that comes with the project.
 
@@ -346,11 +358,13 @@ def build_from_checkpoint(checkpoint: dict, source: object) -> models.SliceHyper
         UsageError: the weights do not fit a model we know.
     """
     try:
-        if "model" in checkpoint:
+        if "model_args" in checkpoint:
             model = models.build_model(checkpoint["model"], **checkpoint["model_args"])
             model.load_state_dict(checkpoint["state_dict"])
         else:
             model = models.MambaVC.from_state_dict(checkpoint)
+    except KeyError as error:
+        raise UsageError(f"{source} lacks {error}; give a file that train.py saved") from None
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{source}: {error}") from None
     model.eval()

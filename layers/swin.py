@@ -39,6 +39,15 @@ def _shift_mask(
         return regions[:, :, None] == regions[:, None, :]
 
 
+def _goes_into_graph(x: Tensor) -> bool:
+    """Whether what is computed from x now is being captured for a CUDA graph."""
+    return (
+        not torch.compiler.is_compiling()  # it could not trace the question
+        and x.is_cuda
+        and torch.cuda.is_current_stream_capturing()
+    )
+
+
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside square windows, with a learned relative position bias.
 
@@ -88,7 +97,9 @@ class WindowAttention(nn.Module):
         )
         bias = self.relative_position_params[:, self._rows, self._columns]  # (heads, p*p, p*p)
         if self.shift:
-            mask = _shift_mask(rows, columns, p, self.shift, x.device)
+            # A graph goes on using its memory, which the cache gives back one day.
+            make_mask = _shift_mask.__wrapped__ if _goes_into_graph(x) else _shift_mask
+            mask = make_mask(rows, columns, p, self.shift, x.device)
             bias = bias.masked_fill(~mask[:, None], -torch.inf)  # (windows, heads, p*p, p*p)
             bias = bias.repeat(x.shape[0], 1, 1, 1)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=self.scale)

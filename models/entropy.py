@@ -164,6 +164,11 @@ def _check(symbols: Tensor, prediction: Tensor) -> None:
         )
 
 
+def _dequantise(symbols: Tensor, offset: Tensor) -> Tensor:
+    """Their sum, in one memory layout: encoder and decoder then run the same kernels on it."""
+    return (symbols + offset).contiguous()
+
+
 def _flat(values: Tensor) -> list[np.ndarray]:
     """(batch, ...) tensor as one flat int32 array per image, in (channel, row, column) order."""
     return list(values.to(torch.int32).flatten(1).cpu().numpy())
@@ -218,7 +223,7 @@ class LatentEncoder(_LatentCoder):
             encoder.put(values, self.z_indexes(z.shape[-2:]))
             strings.append(encoder.flush())
             self.checksum(image, values)
-        return strings, symbols.double() + medians.double()
+        return strings, _dequantise(symbols.double(), medians.double())
 
     def code_slice(self, i: int, mu: Tensor, scale: Tensor) -> Tensor:
         """Round slice i of y and keep it for `encode_y`; see `SlicePredictor.forward`."""
@@ -228,7 +233,7 @@ class LatentEncoder(_LatentCoder):
         indexes = self.table_indexes(scale)
         coded = (symbols, scale, indexes, self._near_boundary(scale, indexes))
         self.coded.append([values.flatten(1) for values in coded])
-        return symbols + mu
+        return _dequantise(symbols, mu)
 
     def _near_boundary(self, scale: Tensor, indexes: Tensor) -> Tensor:
         """True where another device may find another index."""
@@ -298,7 +303,8 @@ class LatentDecoder(_LatentCoder):
             decoder.finish()
             self.checksum(image, values)
             images.append(torch.from_numpy(values).reshape(-1, *shape))
-        return torch.stack(images).to(medians.device).double() + medians.double()
+        symbols = torch.stack(images).to(medians.device)
+        return _dequantise(symbols.double(), medians.double())
 
     def code_slice(self, i: int, mu: Tensor, scale: Tensor) -> Tensor:
         """Decode slice i of y; see `SlicePredictor.forward`."""
@@ -312,7 +318,7 @@ class LatentDecoder(_LatentCoder):
             self.checksum(image, values)
             images.append(torch.from_numpy(values).reshape(mu.shape[1:]))
         self.position += count
-        return torch.stack(images).to(mu.device).to(mu.dtype) + mu
+        return _dequantise(torch.stack(images).to(mu.device).to(mu.dtype), mu)
 
     def finish(self) -> None:
         """Check that the strings of y end here, once all slices are decoded.

@@ -21,7 +21,7 @@ from matplotlib.axes import Axes
 from scipy.interpolate import PchipInterpolator
 
 from results import style
-from utils import ArgumentParser, UsageError, atomic_write, ms_ssim_db, run_main
+from utils import ArgumentParser, UsageError, atomic_write, check_output, ms_ssim_db, run_main
 
 PUBLISHED = Path(__file__).parent / "published"
 DEFAULT_CURVES = ("mlic-plus-plus", "mambaic", "tcm-large", "elic", "cheng2020-anchor", "bpg")
@@ -330,6 +330,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
+    if args.json is not None:
+        check_output(args.json)
     anchor = load_curve(args.anchor)
     others = [load_curve(source) for source in args.curves if source != args.anchor]
     ours = [load_curve(source) for source in args.ours]

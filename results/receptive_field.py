@@ -139,6 +139,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     if args.size % 64:
         raise UsageError(f"--size {args.size} is not a multiple of 64; give one that is")
     style.check_output(args.output)
+    if args.json is not None:
+        utils.check_output(args.json)
     return args
 
 

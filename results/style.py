@@ -9,6 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import utils
 from utils import ArgumentParser, UsageError, atomic_write
 
 matplotlib.use("Agg")
@@ -123,8 +124,7 @@ def check_output(path: Path) -> str:
     known = Figure().canvas.get_supported_filetypes()
     if kind not in known:
         raise UsageError(f"cannot draw {path}: its ending must be one of {', '.join(known)}")
-    if not path.parent.is_dir():
-        raise UsageError(f"cannot write {path}: folder {path.parent} does not exist; create it")
+    utils.check_output(path)
     return kind
 
 

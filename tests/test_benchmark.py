@@ -1,6 +1,7 @@
 """benchmark.py: what it records, and that it gives no time to a wrong result."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -19,7 +20,30 @@ def test_a_backend_with_a_wrong_result_is_not_measured(monkeypatch, capsys):
 
     monkeypatch.setattr(kernels, "selective_scan_2d", wrong)
     assert benchmark.usable_backends(CPU) == ["reference"]
-    assert "cpu: not measured, relative error 1.0e-03 exceeds 1e-05" in capsys.readouterr().out
+    assert "cpu: not measured, relative error 1.0e-03" in capsys.readouterr().out
+
+
+def test_a_backend_with_wrong_gradients_is_not_measured(monkeypatch):
+    scan = kernels.selective_scan_2d
+
+    def wrong(x, *parameters, backend):
+        y = scan(x, *parameters, backend="reference")
+        return y + 1e-3 * (x - x.detach()) if backend == "cpu" else y
+
+    monkeypatch.setattr(kernels, "selective_scan_2d", wrong)
+    assert benchmark.usable_backends(CPU) == ["reference"]
+
+
+def test_networks_run_on_a_backend_that_passed(monkeypatch):
+    used = []
+    monkeypatch.setattr(benchmark, "usable_backends", lambda device: ["reference"])
+    monkeypatch.setattr(
+        benchmark,
+        "bench_network",
+        lambda bench, backend: used.append((backend, os.environ["MAMBAVC_SCAN_BACKEND"])),
+    )
+    benchmark.main(["--only", "network"])
+    assert used == [("reference", "reference")]
 
 
 def test_a_failure_is_recorded_without_a_time():
@@ -59,11 +83,18 @@ def test_ratios_to_floor_and_peers(capsys):
 
 
 def test_records_are_written_with_the_machine(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, "bench_codec", lambda bench: bench.run("codec", "x", "a", int))
+    def no_room(bench, backends):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(benchmark, "bench_block", no_room)
+    monkeypatch.setattr(
+        benchmark, "bench_codec", lambda bench, backend: bench.run("codec", "x", backend, int)
+    )
     file = tmp_path / "b.json"
-    benchmark.main(["--only", "codec", "--seconds", "0.01", "--json", str(file)])
+    benchmark.main(["--only", "block", "codec", "--seconds", "0.01", "--json", str(file)])
     content = json.loads(file.read_text())
     assert content["machine"]["device"] == "CPU"
     assert content["machine"]["torch"] == str(torch.__version__)
-    assert content["records"][0]["name"] == "x"
+    assert content["records"][0] == {"group": "block", "name": "rest", "error": "no room"}
+    assert (content["records"][1]["name"], content["records"][1]["backend"]) == ("x", "cpu")
     assert "x" in capsys.readouterr().out

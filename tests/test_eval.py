@@ -124,7 +124,7 @@ def bad_files(tmp_path_factory):
         (
             ["--data", "{data}", "--checkpoint", CHECKPOINT, "--json", "{bad}/no/r.json"],
             2,
-            "does not exist; create it first",
+            "does not exist; create it",
         ),
         (["--data", "{data}", "--checkpoint", CHECKPOINT, "--lambda", "1"], 2, "--lambda"),
     ],

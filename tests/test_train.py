@@ -197,8 +197,10 @@ def test_run_goes_on_on_another_kind_of_device(flags, tmp_path):
     torch.testing.assert_close(moved["aux_optimizer"], whole["aux_optimizer"], rtol=0, atol=0)
 
 
-def test_sigterm_saves_and_ends_the_run_well(flags, tmp_path, monkeypatch):
-    main(flags("whole"))
+@pytest.mark.parametrize("val_every", ["2", "3"])
+def test_sigterm_saves_and_ends_the_run_well(flags, tmp_path, monkeypatch, val_every):
+    """Also where it comes in place of a validation, which is then made up for."""
+    main(flags("whole", "--val-every", val_every))
     step = Trainer._train_step
 
     def step_and_signal(trainer):
@@ -208,10 +210,10 @@ def test_sigterm_saves_and_ends_the_run_well(flags, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", step_and_signal)
-        main(flags("stopped"))  # returns: exit code 0
+        main(flags("stopped", "--val-every", val_every))  # returns: exit code 0
     assert load(tmp_path / "stopped")["step"] == 2
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    main(flags("stopped", "--continue_train"))
+    main(flags("stopped", "--val-every", val_every, "--continue_train"))
     assert_same_run(load(tmp_path / "stopped"), load(tmp_path / "whole"))
 
 
@@ -303,6 +305,16 @@ def test_fine_tuning_starts_anew_and_keeps_the_run_before(flags, tmp_path):
     assert torch.load(kept, weights_only=True)["step"] == 2
 
 
+def test_other_loss_is_judged_anew(flags, tmp_path):
+    """Losses at lambda 0.5 are about ten times those at 0.05, and still one is the best."""
+    main(flags("run", steps=1))
+    start = str(tmp_path / "run" / "0.05" / "checkpoint_latest.pth.tar")
+    main(flags("run", "--checkpoint", start, "--continue_train", "--lambda", "0.5", steps=2))
+    best = torch.load(tmp_path / "run" / "0.5" / "checkpoint_best.pth.tar", weights_only=True)
+    assert best["history"][-1]["loss"] > load(tmp_path / "run")["best_loss"]
+    assert [entry["step"] for entry in best["history"]] == [2]
+
+
 def test_published_command_line_is_accepted():
     line = "--cuda -d ROOT -n 128 --lambda 0.05 --epochs 500 --lr_epoch 450 490 --batch-size 8"
     line += " --save_path DIR --save --checkpoint FILE --continue_train"
@@ -387,11 +399,28 @@ def test_full_disk_is_reported_and_leaves_the_last_checkpoint(flags, tmp_path, m
     assert "trying again at the next save" in log
 
 
+def test_best_checkpoint_survives_a_disk_that_was_full_for_the_latest(flags, tmp_path, monkeypatch):
+    save, losses = torch.save, iter([8.0, 9.0])
+
+    def fill_disk(state, file):
+        if state["step"] == 1 and "latest" in file.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", fill_disk)
+    monkeypatch.setattr(Trainer, "_validate", lambda trainer: next(losses))
+    main(flags("run", "--val-every", "1", steps=2))
+    assert load(tmp_path / "run", "best")["step"] == 1
+    assert load(tmp_path / "run")["step"] == 2
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--batch-size", "0"], "expected an integer of at least 1, got '0'"),
-        (["--lambda", "x"], "expected float"),
+        (["--lambda", "0"], "expected float, above 0, got '0'"),
+        (["--seed", "4294967296"], "expected int, at least 0 and below 4294967296"),
+        (["--cuda", "--cuda-graph", "--grad-checkpoint"], "neither with --grad-checkpoint"),
         (["--ema", "1"], "below 1, got '1'"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--model", "nothing"], "invalid choice: 'nothing'"),
