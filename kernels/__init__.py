@@ -2,5 +2,6 @@
 
 from kernels.dispatch import available_backends, selective_scan_2d
 from kernels.fused import depthwise_conv_silu, norm_gate
+from kernels.projection import project
 
-__all__ = ["available_backends", "depthwise_conv_silu", "norm_gate", "selective_scan_2d"]
+__all__ = ["available_backends", "depthwise_conv_silu", "norm_gate", "project", "selective_scan_2d"]

@@ -5,22 +5,17 @@ delta, delta * x and results stay in the first-level cache; inside a chunk the s
 channels stay in registers. Vectors of channels are values of a type of their own (`Lanes`), so
 speed does not hang on what the compiler manages to vectorise. The exponentials are polynomials.
 
-Jobs run on threads of our own, with the interpreter lock released, instead of Numba's `parallel`:
-its OpenMP layer ends a forked child that uses it, and its workqueue layer ends the process when
-two threads enter it at once. Which thread runs a job changes neither what the job computes nor the
-order of any sum, so results do not depend on the number of threads.
+Jobs run on several threads (`threads.py`). Which thread runs a job changes neither what the job
+computes nor the order of any sum, so results do not depend on the number of threads.
 
 Letters are those of the README of this folder. In addition `u` is delta * x, `a` is exp(delta A),
 and pixels are numbered row-major in arrays (batch, length, ...).
 """
 
 import functools
-import itertools
 import math
 import operator
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import llvmlite.binding
 import numpy as np
@@ -32,6 +27,8 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, overload, register_model
 from torch import Tensor
+
+from kernels import threads
 
 FORWARD_CHANNELS = 64  # of one job, at most; the last block of a dim that is no multiple is padded
 BACKWARD_CHANNELS = 128
@@ -669,34 +666,8 @@ def _backward_block(
             _add(dC, (t, 0), dx_dbl, (p, row + rank + dstate), dstate)
 
 
-_pool: ThreadPoolExecutor | None = None
-
-
-def _forget_pool() -> None:
-    global _pool
-    _pool = None
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_pool)  # threads do not survive a fork
-
-
 def _run(function: Callable, jobs: Sequence[tuple[int, ...]], args: tuple, updates: int) -> None:
-    """Call `function(*job, *args)` for all jobs, on up to `torch.get_num_threads()` threads."""
-    global _pool
-    threads = min(torch.get_num_threads(), len(jobs)) if updates > SMALL else 1
-    following = itertools.count()
-
-    def work() -> None:
-        while (i := next(following)) < len(jobs):
-            function(*jobs[i], *args)
-
-    if threads > 1 and _pool is None:
-        _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="mambavc-scan")
-    others = [_pool.submit(work) for _ in range(threads - 1)]
-    work()
-    for other in others:
-        other.result()
+    threads.run(function, jobs, args, torch.get_num_threads() if updates > SMALL else 1)
 
 
 def _split(parameter: Tensor, dtype: torch.dtype, channels: int) -> Tensor:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import ops, reference
+from kernels.projection import project
 
 __all__ = ["BACKEND_VARIABLE", "available_backends", "selective_scan_2d"]
 
@@ -117,7 +117,7 @@ def selective_scan_2d(
     _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds)
     run = _choose(backend, x.device.type).run
     # One product for all directions, in image order: it commutes with the orders of the scan.
-    x_dbl = F.linear(x, x_proj_weight.flatten(0, 1).to(x.dtype)).to(x.dtype)
+    x_dbl = project(x, x_proj_weight.flatten(0, 1).to(x.dtype)).to(x.dtype)
     x_dbl = x_dbl.unflatten(-1, x_proj_weight.shape[:2])
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     parameters = (dt_projs_weight, dt_projs_bias, A_logs, Ds)

@@ -4,10 +4,9 @@ import math
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import depthwise_conv_silu, norm_gate, selective_scan_2d
+from kernels import depthwise_conv_silu, norm_gate, project, selective_scan_2d
 
 __all__ = ["SS2D"]
 
@@ -69,9 +68,10 @@ class SS2D(nn.Module):
         """Map (batch, height, width, dim) to the same shape."""
         # Two products instead of one that is split: both maps come out dense.
         x_weight, z_weight = self.in_proj.weight.chunk(2)
-        x = depthwise_conv_silu(F.linear(u, x_weight), self.conv2d.weight, self.conv2d.bias)
+        x = depthwise_conv_silu(project(u, x_weight), self.conv2d.weight, self.conv2d.bias)
         y = selective_scan_2d(x, *self.scan_parameters())
         del x  # the gate follows with maps of the same size
-        z = F.linear(u, z_weight)
+        z = project(u, z_weight)
         norm = self.out_norm
-        return self.out_proj(norm_gate(y, z, norm.weight, norm.bias, norm.eps))
+        gated = norm_gate(y, z, norm.weight, norm.bias, norm.eps)
+        return project(gated, self.out_proj.weight)

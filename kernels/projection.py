@@ -1,0 +1,25 @@
+"""Products of all pixels of a map with one matrix."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """`torch.nn.functional.linear` without bias, on channels-last maps.
+
+    On a CPU, float32 maps are convolved with kernels of 1x1: PyTorch gives these to oneDNN, which
+    on AMD processors takes a half to a third of the time of MKL's product.
+
+    Args:
+        x: (batch, height, width, dim).
+        weight: (out, dim), in x's dtype.
+
+    Returns:
+        (batch, height, width, out).
+    """
+    if _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
+        return F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None]).permute(0, 2, 3, 1)
+    return F.linear(x, weight)
