@@ -109,6 +109,11 @@ def bad_files(tmp_path_factory):
         {"model": "mambavc", "model_args": model_args, "state_dict": tiny.state_dict()},
         folder / "wrong.pth.tar",
     )
+    torch.save({"model": tiny.state_dict()}, folder / "foreign.pth.tar")
+    torch.save({"model_args": model_args, "model": "mambavc"}, folder / "no_weights.pth.tar")
+    (folder / "twins").mkdir()
+    for name in ("a.png", "a.jpg"):
+        Image.new("RGB", (8, 8)).save(folder / "twins" / name)
     return folder
 
 
@@ -118,6 +123,8 @@ def bad_files(tmp_path_factory):
         (["--data", "{data}", "--checkpoint", "nowhere"], 2, "checkpoint nowhere does not exist"),
         (["--data", "{bad}/text", "--checkpoint", "{bad}/text.pth.tar"], 2, "cannot load"),
         (["--data", "{data}", "--checkpoint", "{bad}/wrong.pth.tar"], 2, "does not fit MambaVC"),
+        (["--data", "{data}", "--checkpoint", "{bad}/foreign.pth.tar"], 2, "not a state dict of"),
+        (["--data", "{data}", "--checkpoint", "{bad}/no_weights.pth.tar"], 2, "lacks 'state_dict'"),
         (["--data", "{bad}/none", "--checkpoint", CHECKPOINT], 2, "is not a folder"),
         (["--data", "{bad}/empty", "--checkpoint", CHECKPOINT], 2, "no images in"),
         (["--data", "{bad}/text", "--checkpoint", CHECKPOINT], 1, "a.png"),
@@ -125,6 +132,16 @@ def bad_files(tmp_path_factory):
             ["--data", "{data}", "--checkpoint", CHECKPOINT, "--json", "{bad}/no/r.json"],
             2,
             "does not exist; create it",
+        ),
+        (
+            ["--data", "{data}", "--checkpoint", CHECKPOINT, "--json", "{bad}"],
+            2,
+            "it is a folder; give the name of a file",
+        ),
+        (
+            ["--data", "{bad}/twins", "--checkpoint", CHECKPOINT, "--save-images", "{bad}/out"],
+            2,
+            "has several of a; rename them",
         ),
         (["--data", "{data}", "--checkpoint", CHECKPOINT, "--lambda", "1"], 2, "--lambda"),
     ],
