@@ -115,7 +115,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     pre = _conv(x.to(dtype).permute(0, 3, 1, 2), weight.to(dtype), bias.to(dtype))
-    return F.silu(pre).permute(0, 2, 3, 1).to(x.dtype).contiguous()
+    return F.silu(pre, inplace=not pre.requires_grad).permute(0, 2, 3, 1).to(x.dtype).contiguous()
 
 
 @_without_autocast
@@ -140,7 +140,10 @@ def _conv_silu_gradients(
 def _norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     dtype = torch.promote_types(y.dtype, torch.float32)
     norm = F.layer_norm(y.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps)
-    return (norm * F.silu(z.to(dtype))).to(y.dtype).contiguous()
+    gate = F.silu(z.to(dtype))
+    if not (norm.requires_grad or gate.requires_grad):  # maps are large
+        return gate.mul_(norm).to(y.dtype).contiguous()
+    return (norm * gate).to(y.dtype).contiguous()
 
 
 @_without_autocast
