@@ -454,7 +454,7 @@ def machine(device: torch.device) -> dict:
         commit = None
     record = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": utils.cpu_name(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

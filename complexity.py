@@ -294,7 +294,7 @@ def device_name(device: torch.device) -> str:
     """What the device calls itself, with the number of threads for a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{utils.cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def format_counts(rows: Sequence[dict]) -> str:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import platform
 import random
 import sys
 import tempfile
@@ -99,6 +100,15 @@ def select_device(cuda: bool) -> torch.device:
     if not torch.cuda.is_available():
         raise UsageError("--cuda was given but PyTorch sees no GPU; leave it out to use the CPU")
     return torch.device("cuda")
+
+
+def cpu_name() -> str:
+    """What Linux calls the processor, elsewhere its architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def clock(device: torch.device) -> float:
