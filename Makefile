@@ -2,6 +2,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# OpenMP's threads else spin while they wait, which on a machine in use by others costs most of the time.
+export OMP_WAIT_POLICY := passive
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench clean
 
@@ -30,7 +33,7 @@ bench: $(VENV)/.installed ## Time the kernels and the network on this machine
 	$(BIN)/python benchmark.py
 
 clean: ## Remove what the other targets made
-	rm -rf $(VENV) runs out
+	rm -rf $(VENV) out
 
 $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

@@ -325,7 +325,9 @@ def load_checkpoint(name: Path | str) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many types for damaged files
         reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"cannot load {path} as a checkpoint: {reason}") from None
+        raise UsageError(
+            f"cannot load {path} as a checkpoint: {type(error).__name__}: {reason}"
+        ) from None
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{path} holds a {type(checkpoint).__name__}, expected a checkpoint dict")
     return checkpoint

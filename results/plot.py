@@ -332,6 +332,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     if args.json is not None:
         check_output(args.json)
+    if args.output is not None:
+        style.check_output(args.output)
     anchor = load_curve(args.anchor)
     others = [load_curve(source) for source in args.curves if source != args.anchor]
     ours = [load_curve(source) for source in args.ours]
