@@ -482,6 +482,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     record = {"machine": machine(device), "records": bench.records}
     print(json.dumps(record["machine"]))
     backends = usable_backends(device)
+    if not backends:
+        raise utils.DataError(
+            "no backend of the scan gives right results here; nothing is measured"
+        )
     for group in args.only:
         run = globals()[f"bench_{group}"]
         try:

@@ -293,7 +293,8 @@ class Trainer:
             DataError: nothing could be written and it ``must``.
         """
         before = self.best_loss
-        self.best_loss = min(loss, before)
+        if loss < before:  # never of a NaN
+            self.best_loss = loss
         if not (self.args.save and self.processes.is_first):
             return
         # The best first: killed in between, the run repeats the steps that found it.

@@ -114,12 +114,12 @@ class Replay:
 
     def __init__(self):
         self.seen: set = set()
-        self.stream = torch.cuda.Stream()
         self.forget()
 
     def forget(self) -> None:
         """Give back the memory of all graphs."""
         self.graphs: dict = {}
+        self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable, *args):

@@ -290,6 +290,7 @@ def check_output(path: Path) -> None:
         raise UsageError(f"cannot write {path}: folder {path.parent} does not exist; create it")
     if path.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder; give the name of a file")
+    make_folder(path.parent)
 
 
 def find_checkpoint(name: Path | str) -> Path:

@@ -11,10 +11,11 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     """`torch.nn.functional.linear` without bias, on channels-last maps.
 
     On a CPU, float32 maps are convolved with kernels of 1x1: PyTorch gives these to oneDNN, which
-    on AMD processors takes a half to a third of the time of MKL's product.
+    took 0.45 to 0.9 of the time of MKL's product on an AMD EPYC, for maps from 64x96 on. The last
+    bits may depend on the number of threads.
 
     Args:
-        x: (batch, height, width, dim).
+        x: (batch, height, width, dim), not empty.
         weight: (out, dim), in x's dtype.
 
     Returns:

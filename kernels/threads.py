@@ -2,8 +2,8 @@
 
 PyTorch's OpenMP threads go on spinning for milliseconds after each of its operators, to be ready
 for the next. On other threads a scan would share the processors with them; as the body of a
-parallel region it starts at once. Where there is no such library, and in a forked child, which has
-lost its threads, jobs run on threads of a pool.
+parallel region it starts at once. Where there is no such library, and in a forked child, where it
+would wait for threads that the child lost, jobs run on threads of a pool.
 
 Numba's `parallel` serves neither: its OpenMP layer ends a forked child that uses it, and its
 workqueue layer ends the process when two threads enter it at once.
@@ -14,11 +14,11 @@ import ctypes
 import functools
 import itertools
 import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import torch
+import torch  # noqa: F401, loads its OpenMP library
 
 __all__ = ["run"]
 
@@ -38,13 +38,12 @@ if hasattr(os, "register_at_fork"):
 
 @functools.cache
 def _parallel_region() -> Callable | None:
-    """GOMP_parallel(body, data, threads, flags) of the library that PyTorch brings, if it does."""
-    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
-        with contextlib.suppress(OSError, AttributeError):
-            region = ctypes.CDLL(str(path)).GOMP_parallel
-            region.argtypes = (_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-            region.restype = None
-            return region
+    """GOMP_parallel(body, data, threads, flags) of the library that PyTorch uses, if it has it."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        region = ctypes.CDLL(None).GOMP_parallel
+        region.argtypes = (_Body, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+        region.restype = None
+        return region
     return None
 
 
@@ -54,25 +53,29 @@ def run(function: Callable, jobs: Sequence[tuple[int, ...]], args: tuple, thread
     The function releases the interpreter lock. Which thread runs a job is left to chance.
     """
     global _pool
-    threads = min(threads, len(jobs))
     following = itertools.count()
     errors: list[BaseException] = []
+    entered: set[int] = set()
 
     def work(_=None) -> None:
         try:
+            entered.add(threading.get_ident())
             while not errors and (i := next(following)) < len(jobs):
                 function(*jobs[i], *args)
         except BaseException as error:  # a parallel region would swallow it, an interrupt too
             errors.append(error)
 
-    if threads <= 1:
+    if min(threads, len(jobs)) <= 1:
         work()
     elif not _forked and (region := _parallel_region()) is not None:
+        # As many threads as PyTorch takes, whatever the jobs: the library ends those left out.
         region(_Body(work), None, threads, 0)
+        if threading.get_ident() not in entered:
+            raise KeyboardInterrupt  # it came, and was swallowed, before the body began
     else:
         if _pool is None:
             _pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="mambavc-scan")
-        others = [_pool.submit(work) for _ in range(threads - 1)]
+        others = [_pool.submit(work) for _ in range(min(threads, len(jobs)) - 1)]
         work()
         for other in others:
             other.result()

@@ -18,7 +18,8 @@ class SS2D(nn.Module):
     """Gated four-direction selective scan on channels-last maps.
 
     ``x, z = in_proj(u)``; ``x = SiLU(conv2d(x))``; ``y = scan(x)``;
-    ``out = out_proj(out_norm(y) * SiLU(z))``. The scan is `kernels.selective_scan_2d`.
+    ``out = out_proj(out_norm(y) * SiLU(z))``. The scan is `kernels.selective_scan_2d`. The layers'
+    weights are used without calling them, so forward hooks on them do not run.
 
     Args:
         dim: channels of input and output.

@@ -63,7 +63,7 @@ def test_several_threads_may_call_at_once(way):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_child_starts_threads_of_its_own(way):
-    """As in a worker of a DataLoader: the parent's threads do not exist there."""
+    """The parent's threads do not exist there (PyTorch's own operators would wait for them)."""
     threads.run(lambda i: None, JOBS, (), 2)
     child = os.fork()
     if child == 0:

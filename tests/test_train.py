@@ -400,7 +400,7 @@ def test_full_disk_is_reported_and_leaves_the_last_checkpoint(flags, tmp_path, m
 
 
 def test_best_checkpoint_survives_a_disk_that_was_full_for_the_latest(flags, tmp_path, monkeypatch):
-    save, losses = torch.save, iter([8.0, 9.0])
+    save, losses = torch.save, iter([8.0, math.nan, 9.0])
 
     def fill_disk(state, file):
         if state["step"] == 1 and "latest" in file.name:
@@ -409,9 +409,9 @@ def test_best_checkpoint_survives_a_disk_that_was_full_for_the_latest(flags, tmp
 
     monkeypatch.setattr(torch, "save", fill_disk)
     monkeypatch.setattr(Trainer, "_validate", lambda trainer: next(losses))
-    main(flags("run", "--val-every", "1", steps=2))
+    main(flags("run", "--val-every", "1", steps=3))
     assert load(tmp_path / "run", "best")["step"] == 1
-    assert load(tmp_path / "run")["step"] == 2
+    assert (load(tmp_path / "run")["step"], load(tmp_path / "run")["best_loss"]) == (3, 8.0)
 
 
 @pytest.mark.parametrize(
