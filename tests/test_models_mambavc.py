@@ -219,3 +219,32 @@ def test_both_ends_of_a_stream_compute_on_the_same_layouts(exact):
                 assert torch.equal(a[2], b[2])
             else:
                 assert a == b
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_transforms_compile_without_graph_breaks(training):
+    model = models.build_model("mambavc", drop_path_rate=0.0, **TINY).train(training)
+    x = torch.rand(1, 3, 64, 64)
+    for name, value in (("g_a", x), ("g_s", model.g_a(x).detach())):
+        transform = getattr(model, name)
+        compiled = torch.compile(transform, fullgraph=True, backend="aot_eager")
+        with torch.set_grad_enabled(training):
+            actual, expected = compiled(value), transform(value)
+        torch.testing.assert_close(actual, expected)
+        if training:
+            weights = list(transform.parameters())
+            gradients = torch.autograd.grad(actual.square().sum(), weights)
+            for ours, wanted in zip(
+                gradients, torch.autograd.grad(expected.square().sum(), weights), strict=True
+            ):
+                torch.testing.assert_close(
+                    ours, wanted, rtol=1e-4, atol=1e-5 * float(wanted.abs().max())
+                )
+
+
+@torch.no_grad()
+def test_network_compiles():
+    model = models.build_model("mambavc", **TINY).eval()
+    x = torch.rand(1, 3, 64, 64)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(x)["x_hat"], model(x)["x_hat"])
