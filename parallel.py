@@ -15,6 +15,11 @@ import utils
 from utils import UsageError
 
 
+def world_size() -> int:
+    """How many processes torchrun started, or 1."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+
+
 class Processes:
     """This process among those that torchrun started, or the only one.
 
@@ -32,7 +37,7 @@ class Processes:
 
     def __init__(self, cuda: bool):
         self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+        self.world_size = world_size()
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         self.device = utils.select_device(cuda)
         if cuda:

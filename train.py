@@ -7,7 +7,6 @@ One for each GPU:    torchrun --nproc_per_node=G train.py --cuda -d ROOT ...
 import argparse
 import logging
 import math
-import os
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ import torch
 import models
 import utils
 from engine import Trainer, checkpoint_path
-from parallel import Processes
+from parallel import Processes, world_size
 from utils import positive_int
 
 logger = logging.getLogger("mambavc")
@@ -32,8 +31,9 @@ def number(
 
     def parse(text: str) -> float:
         with suppress(ValueError):
-            if least <= kind(text) < below and not (exclusive and kind(text) == least):
-                return kind(text)
+            value = kind(text)
+            if least <= value < below and not (exclusive and value == least):
+                return value
         limit = f"{'above' if exclusive else 'at least'} {least}"
         limit += f" and below {below}" if below < math.inf else ""
         raise argparse.ArgumentTypeError(f"expected {kind.__name__}, {limit}, got {text!r}")
@@ -121,8 +121,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             f"--type ms-ssim needs a --patch-size of at least {utils.MS_SSIM_MIN_SIDE}, "
             f"got {args.patch_size[0]} {args.patch_size[1]}"
         )
-    several = "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if args.cuda_graph and (not args.cuda or args.accumulate > 1 or several):
+    if args.cuda_graph and (not args.cuda or args.accumulate > 1 or world_size() > 1):
         parser.error("--cuda-graph needs --cuda, one process and no --accumulate")
     if args.cuda_graph and (args.grad_checkpoint or args.type == "ms-ssim"):
         parser.error("--cuda-graph goes neither with --grad-checkpoint nor with --type ms-ssim")
