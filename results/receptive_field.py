@@ -6,12 +6,13 @@ colours and averaged over pictures (Luo et al., arXiv:1701.04128).
 ::
 
     python -m results.receptive_field mambavc.pth.tar convvc.pth.tar swinvc.pth.tar \\
-        --data kodak --output pic/receptive_field.png
+        --data kodak --save results/receptive_field.npz
+    python -m results.receptive_field results/receptive_field.npz
 """
 
 import argparse
-import json
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -90,6 +91,26 @@ def sides(values: np.ndarray) -> dict[float, int]:
     return result
 
 
+def save(fields: dict[str, np.ndarray], path: Path) -> None:
+    """Write fields to an .npz file, relative to their peaks, in half precision."""
+    with utils.atomic_write(path) as temporary, open(temporary, "wb") as file:
+        relative = {k: (v / v.max()).astype(np.float16) for k, v in fields.items()}
+        np.savez_compressed(file, **relative)
+
+
+def load(path: Path) -> dict[str, np.ndarray]:
+    """Read what `save` wrote, as float64.
+
+    Raises:
+        UsageError: the file is not one of these.
+    """
+    try:
+        with np.load(path) as file:
+            return {name: values.astype(np.float64) for name, values in file.items()}
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UsageError(f"{path} is not a file that --save wrote: {error}") from None
+
+
 def draw(fields: dict[str, np.ndarray], output: Path) -> None:
     """Draw fields side by side into a picture file, each relative to its peak."""
     with plt.rc_context({**style.RC, "axes.grid": False, "axes.titlelocation": "center"}):
@@ -119,8 +140,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m results.receptive_field",
         description="Draw the effective receptive fields of trained networks.",
     )
-    parser.add_argument("checkpoints", nargs="+", type=Path)
-    parser.add_argument("--data", type=Path, required=True, help="folder of pictures to average")
+    parser.add_argument(
+        "inputs", nargs="+", type=Path, help="checkpoints, or one .npz file that --save wrote"
+    )
+    parser.add_argument("--data", type=Path, help="folder of pictures to average over")
     parser.add_argument(
         "--size", type=utils.positive_int, default=512, help="side of the centre crops, pixels"
     )
@@ -131,38 +154,45 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         help="the centre of the reconstruction, or of the latents (default: x_hat)",
     )
     parser.add_argument("--cuda", action="store_true")
+    parser.add_argument("--save", type=Path, metavar="FILE.npz", help="write the fields here")
     parser.add_argument(
         "--output", type=Path, default=Path("pic/receptive_field.png"), metavar="FILE"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the sides here")
     args = parser.parse_args(argv)
+    measured = args.inputs[0].suffix != ".npz"
+    if measured and args.data is None:
+        parser.error("checkpoints need --data FOLDER, the pictures to average over")
+    if not measured and (len(args.inputs) > 1 or args.data or args.save):
+        parser.error("an .npz file is drawn alone, without --data and --save")
     if args.size % 64:
-        raise UsageError(f"--size {args.size} is not a multiple of 64; give one that is")
+        parser.error(f"--size {args.size} is not a multiple of 64; give one that is")
     style.check_output(args.output)
-    if args.json is not None:
-        utils.check_output(args.json)
+    if args.save is not None:
+        utils.check_output(args.save)
     return args
+
+
+def measure(args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """The field of each checkpoint, by the name of its model."""
+    device = utils.select_device(args.cuda)
+    files = utils.list_images(args.data)
+    fields = {}
+    for path in args.inputs:
+        checkpoint = utils.load_checkpoint(path)
+        model = utils.build_from_checkpoint(checkpoint, path).to(device)
+        name = checkpoint.get("model", path.stem)
+        fields[name] = field(model, files, args.size, args.point, device)
+    return fields
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    device = utils.select_device(args.cuda)
-    files = utils.list_images(args.data)
-    fields = {}
-    for path in args.checkpoints:
-        checkpoint = utils.load_checkpoint(path)
-        model = utils.build_from_checkpoint(checkpoint, path).to(device)
-        fields[checkpoint.get("model", path.stem)] = field(
-            model, files, args.size, args.point, device
-        )
-    rows = {name: {f"{s:g}": side for s, side in sides(v).items()} for name, v in fields.items()}
-    for name, row in rows.items():
-        held = ", ".join(f"{float(share):.0%} within {side} px" for share, side in row.items())
+    fields = load(args.inputs[0]) if args.inputs[0].suffix == ".npz" else measure(args)
+    if args.save is not None:
+        save(fields, args.save)
+    for name, values in fields.items():
+        held = ", ".join(f"{share:.0%} within {side} px" for share, side in sides(values).items())
         print(f"{name}: {held}")
-    if args.json is not None:
-        content = {"point": args.point, "size": args.size, "pictures": len(files), "sides": rows}
-        with utils.atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
     draw(fields, args.output)
 
 

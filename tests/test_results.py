@@ -289,24 +289,46 @@ def test_sides_hold_their_share():
     assert receptive_field.sides(values) == {0.5: 1, 0.9: 19, 0.99: 21}
 
 
-def test_receptive_fields_are_drawn(tmp_path, checkpoint, pictures, capsys):
-    output, file = tmp_path / "erf.png", tmp_path / "erf.json"
+def test_receptive_fields_are_drawn_and_redrawn(tmp_path, checkpoint, pictures, capsys):
+    output, file = tmp_path / "erf.png", tmp_path / "erf.npz"
     receptive_field.main(
         [str(checkpoint), "--data", str(pictures), "--size", "128",
-         "--output", str(output), "--json", str(file)]
+         "--output", str(output), "--save", str(file)]
     )  # fmt: skip
     assert picture_size(output)[0] > 300
-    sides = json.loads(file.read_text())["sides"]["convvc"]
-    assert 0 < sides["0.5"] <= sides["0.9"] <= sides["0.99"] <= 128
-    assert f"99% within {sides['0.99']} px" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    output.unlink()
+    receptive_field.main([str(file), "--output", str(output)])
+    assert picture_size(output)[0] > 300
+    assert capsys.readouterr().out == printed
+    assert printed.startswith("convvc: 50% within ")
 
 
 def test_receptive_field_needs_large_enough_pictures(tmp_path, checkpoint, pictures):
     arguments = [str(checkpoint), "--data", str(pictures), "--output", str(tmp_path / "x.png")]
     with pytest.raises(UsageError, match="smaller than --size 192"):
         receptive_field.main([*arguments, "--size", "192"])
-    with pytest.raises(UsageError, match="multiple of 64"):
-        receptive_field.main([*arguments, "--size", "100"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["x.pth.tar", "--data", "x", "--size", "100"], "multiple of 64"),
+        (["x.pth.tar"], "need --data FOLDER"),
+        (["x.npz", "--data", "x"], "drawn alone"),
+        (["x.npz", "y.npz"], "drawn alone"),
+    ],
+)
+def test_receptive_field_refuses(tmp_path, options, message):
+    with pytest.raises(UsageError, match=message):
+        receptive_field.main([*options, "--output", str(tmp_path / "x.png")])
+
+
+def test_receptive_field_refuses_other_files(tmp_path):
+    file = tmp_path / "x.npz"
+    file.write_bytes(b"no archive")
+    with pytest.raises(UsageError, match="not a file that --save wrote"):
+        receptive_field.main([str(file), "--output", str(tmp_path / "x.png")])
 
 
 # Visual comparison
