@@ -128,7 +128,7 @@ class Trainer:
         self.stopped = False  # all processes know and agree
         self.known_problems: set[str] = set()
         self.captured = False
-        self.gradients, self.update = self._gradients, self._update  # or CUDA graphs of them
+        self.backward, self.update = self._backward, self._update  # or CUDA graphs of them
 
         train_pictures, test_pictures = self._open_data()
         self.global_batch = args.batch_size * args.accumulate * processes.world_size
@@ -166,7 +166,11 @@ class Trainer:
         if args.compile:
             for name in TRANSFORMS:
                 getattr(model, name).compile(dynamic=False)  # crops are all of one size
-        self.net = processes.wrap(model)
+        if args.cuda_graph:  # gradients are averaged after each replay, which runs no hooks
+            self.net = model
+            processes.share([p.detach() for p in model.parameters()])
+        else:
+            self.net = processes.wrap(model)
         self.crops = Crops(train_pictures, tuple(args.patch_size), args.seed)
         self.test_pictures = TestPictures(
             test_pictures,
@@ -323,7 +327,7 @@ class Trainer:
         pixels = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         return pixels.float().div_(255)
 
-    def _backward(self, x: Tensor, last: bool) -> Tensor:
+    def _backward(self, x: Tensor, last: bool = True) -> Tensor:
         """Add a batch's gradients; return its loss, bpp and MSE: float32 (3,)."""
         wait = nullcontext if last or self.processes.world_size == 1 else self.net.no_sync
         amp = torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.args.amp))
@@ -341,14 +345,16 @@ class Trainer:
         mse = terms["mse_loss"] if "mse_loss" in terms else F.mse_loss(output["x_hat"], x)
         return torch.stack([terms["loss"], terms["bpp_loss"], mse]).detach()
 
-    def _gradients(self, x: Tensor, last: bool = True) -> Tensor:
+    def _gradients(self, x: Tensor, last: bool) -> Tensor:
         """`_backward`, and the norm that the gradients have before they are clipped: (4,).
 
         They are whole, and clipped, after the ``last`` batch of a step; before it the norm is 0.
         """
-        measured = self._backward(x, last)
+        measured = self.backward(x, last)
         norm = measured.new_zeros(())
         if last:
+            if self.captured:
+                self.processes.average([p.grad for p in self.model.parameters()])
             limit = self.args.clip_max_norm or math.inf
             norm = nn.utils.clip_grad_norm_(self.net_parameters, limit)
         return torch.cat([measured / self.args.accumulate, norm[None]])
@@ -358,9 +364,9 @@ class Trainer:
             optimizer.step()
 
     def _capture(self, x: Tensor) -> None:
-        """Have gradients and updates replayed from CUDA graphs from now on."""
-        gradients = GraphedGradients(self._gradients, list(self.model.parameters()), x)
-        self.gradients = lambda x, last: gradients(x)
+        """Have backward passes and updates replayed from CUDA graphs from now on."""
+        backward = GraphedGradients(self._backward, list(self.model.parameters()), x)
+        self.backward = lambda x, last: backward(x)
         self.update = GraphedUpdate(self.optimizers)
         self.captured = True
 
@@ -384,7 +390,7 @@ class Trainer:
             x = self._to_device(batch.pixels)
             if args.cuda_graph and not self.captured:
                 self._capture(x)
-            measured += self.gradients(x, last=i == args.accumulate - 1)
+            measured += self._gradients(x, last=i == args.accumulate - 1)
 
         stop = measured.new_tensor([self.stop_requested])
         # The only point at which the host waits for the device. A value that is not finite on

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import os
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -13,11 +14,6 @@ from torch.overrides import TorchFunctionMode
 
 import utils
 from utils import UsageError
-
-
-def world_size() -> int:
-    """How many processes torchrun started, or 1."""
-    return int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
 
 
 class Processes:
@@ -37,7 +33,7 @@ class Processes:
 
     def __init__(self, cuda: bool):
         self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = world_size()
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         self.device = utils.select_device(cuda)
         if cuda:
@@ -66,6 +62,23 @@ class Processes:
         known = inspect.signature(DistributedDataParallel).parameters
         sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         return DistributedDataParallel(model, gradient_as_bucket_view=True, **{sync: False})
+
+    def share(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite tensors with those of the first process."""
+        if self.world_size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors of one dtype by their means over all processes."""
+        if self.world_size == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])  # one message for all
+        dist.all_reduce(flat)
+        flat /= self.world_size
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        means = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+        torch._foreach_copy_(tensors, means)
 
     def sum(self, values: Tensor) -> list[float]:
         """Sum of a vector over all processes."""

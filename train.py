@@ -18,7 +18,7 @@ import torch
 import models
 import utils
 from engine import Trainer, checkpoint_path
-from parallel import Processes, world_size
+from parallel import Processes
 from utils import positive_int
 
 logger = logging.getLogger("mambavc")
@@ -101,7 +101,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="compile the transforms with torch.compile")
     add("--cuda-graph", action="store_true",
         help="replay the passes of a step from a CUDA graph: much faster where a GPU waits for "
-        "its host; needs --cuda, one process, --type mse, no --accumulate or --grad-checkpoint")
+        "its host; needs --cuda and --type mse, no --accumulate or --grad-checkpoint")
     add("--grad-checkpoint", action="store_true",
         help="recompute blocks in the backward pass: less memory, more time")
 
@@ -121,8 +121,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             f"--type ms-ssim needs a --patch-size of at least {utils.MS_SSIM_MIN_SIDE}, "
             f"got {args.patch_size[0]} {args.patch_size[1]}"
         )
-    if args.cuda_graph and (not args.cuda or args.accumulate > 1 or world_size() > 1):
-        parser.error("--cuda-graph needs --cuda, one process and no --accumulate")
+    if args.cuda_graph and (not args.cuda or args.accumulate > 1):
+        parser.error("--cuda-graph needs --cuda and no --accumulate")
     if args.cuda_graph and (args.grad_checkpoint or args.type == "ms-ssim"):
         parser.error("--cuda-graph goes neither with --grad-checkpoint nor with --type ms-ssim")
     if args.learning_rate is None:
