@@ -173,6 +173,16 @@ class MambaVC(SliceHyperprior):
 
 @register_model("mambavc-light")
 def mambavc_light(**kwargs) -> MambaVC:
-    """`MambaVC` at half the width throughout: 14.2 M parameters, 30 % of the operations."""
-    preset = {"N": 64, "M": 160, "Z": 96, "context_width": 64, "transform_width": 112}
+    """`MambaVC` at half the width, with one block in place of two at the highest resolution.
+
+    13.9 M parameters, 22 % of the operations.
+    """
+    preset = {
+        "N": 64,
+        "M": 160,
+        "depths": (1, 2, 9, 2),
+        "Z": 96,
+        "context_width": 64,
+        "transform_width": 112,
+    }
     return MambaVC(**{**preset, **kwargs})
