@@ -181,6 +181,7 @@ def mambavc_light(**kwargs) -> MambaVC:
         "N": 64,
         "M": 160,
         "depths": (1, 2, 9, 2),
+        "drop_path_rate": 0.0,
         "Z": 96,
         "context_width": 64,
         "transform_width": 112,
