@@ -10,7 +10,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,21 +106,28 @@ def bd_rate(anchor: Curve, curve: Curve, metric: str = "psnr", method: str = "pc
     """Mean difference in rate at equal quality, in percent of the anchor's (negative: saved).
 
     Taken over the interval of quality that both curves cover (Bjontegaard, VCEG-M33), with
-    piecewise interpolation of log rate over quality in dB (`method`: "pchip" or "akima"). NaN
-    where a curve lacks the metric, has fewer than two points, does not rise, or where the two do
-    not overlap.
+    piecewise interpolation of log rate over quality in dB (`method`: "pchip" or "akima"). A curve
+    of one point is compared at that quality, with PCHIP. NaN where a curve lacks the metric or
+    does not rise, where the anchor has fewer than two points, or where the two do not overlap.
     """
     if metric not in anchor.quality or metric not in curve.quality:
         return math.nan
     a, b = anchor.quality[metric], curve.quality[metric]
-    if min(len(a), len(b)) < 2 or min(np.diff(a).min(), np.diff(b).min()) <= 0:
+    if len(a) < 2 or not _rises(a) or not _rises(b):
         return math.nan
-    if min(a.max(), b.max()) <= max(a.min(), b.min()):
+    low, high = max(a.min(), b.min()), min(a.max(), b.max())
+    if low > high or (low == high and len(b) > 1):
         return math.nan
+    if len(b) == 1:
+        return 100 * float(curve.bpp[0] / _rate_at(anchor, b, metric)[0] - 1)
     value = bjontegaard.bd_rate(
         anchor.bpp, a, curve.bpp, b, method, require_matching_points=False, min_overlap=0
     )
     return float(value)
+
+
+def _rises(values: np.ndarray) -> bool:
+    return bool((np.diff(values) > 0).all())
 
 
 def bd_table(anchor: Curve, curves: Sequence[Curve], method: str = "pchip") -> list[dict]:
@@ -128,7 +135,7 @@ def bd_table(anchor: Curve, curves: Sequence[Curve], method: str = "pchip") -> l
 
     Returns:
         Rows with ``name``, ``psnr`` and ``ms-ssim`` (percent or None) and ``psnr_interval``, the
-        dB that both curves cover (None where they do not overlap).
+        dB that both curves cover (None where they do not overlap; of equal ends for one point).
     """
     rows = []
     for curve in curves:
@@ -136,7 +143,7 @@ def bd_table(anchor: Curve, curves: Sequence[Curve], method: str = "pchip") -> l
         interval = [float(max(a.min(), b.min())), float(min(a.max(), b.max()))]
         row: dict = {
             "name": curve.name,
-            "psnr_interval": interval if interval[0] < interval[1] else None,
+            "psnr_interval": interval if interval[0] <= interval[1] else None,
         }
         for metric in QUALITY:
             value = bd_rate(anchor, curve, metric, method)
@@ -159,15 +166,25 @@ def format_table(rows: Sequence[dict], anchor: Curve, method: str) -> str:
     ]
     for row in rows:
         interval = row["psnr_interval"]
-        over = f"{interval[0]:.1f} to {interval[1]:.1f} dB" if interval else "no overlap"
+        if interval is None:
+            over = "no overlap"
+        elif interval[0] == interval[1]:
+            over = f"at {interval[0]:.2f} dB"
+        else:
+            over = f"{interval[0]:.1f} to {interval[1]:.1f} dB"
         psnr, ms_ssim = percent(row["psnr"]), percent(row["ms-ssim"])
         lines.append(f"| {row['name']} | {psnr} | {over} | {ms_ssim} |")
     return "\n".join(lines)
 
 
-def _rate_at(curve: Curve, psnr: np.ndarray) -> np.ndarray:
-    """Bits per pixel that a curve needs for a PSNR; interpolated as for the BD-rate."""
-    return np.exp(PchipInterpolator(curve.quality["psnr"], np.log(curve.bpp))(psnr))
+def _through(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """What interpolates points as a BD-rate does; through a single one, a constant."""
+    return PchipInterpolator(x, y) if len(x) > 1 else lambda at: np.full_like(at, y[0])
+
+
+def _rate_at(curve: Curve, quality: np.ndarray, metric: str = "psnr") -> np.ndarray:
+    """Bits per pixel that a curve needs for a quality in dB."""
+    return np.exp(_through(curve.quality[metric], np.log(curve.bpp))(quality))
 
 
 def _line(curve: Curve, panel: str, anchor: Curve, bpp: tuple[float, float], x: np.ndarray):
@@ -177,7 +194,7 @@ def _line(curve: Curve, panel: str, anchor: Curve, bpp: tuple[float, float], x: 
         y = 100 * (1 - rate / _rate_at(anchor, x))
     else:
         rate = x
-        y = PchipInterpolator(curve.bpp, curve.quality[panel])(x)
+        y = _through(curve.bpp, curve.quality[panel])(x)
     shown = (rate >= bpp[0]) & (rate <= bpp[1])
     return x[shown], y[shown]
 
@@ -199,7 +216,12 @@ def _draw_line(
     x, y = _line(curve, panel, anchor, bpp, dense)
     axes.plot(x, y, linewidth=2.4 if ours else 1.3, **look)
     axes.plot(*_line(curve, panel, anchor, bpp, points), "o", markersize=5 if ours else 3, **look)
-    return [(curve.name, x[-1], y[-1], colour)] if len(x) else []
+    if not len(x):
+        return []
+    if len(curve.bpp) == 1:
+        style.label_point(axes, curve.name, (x[0], y[0]), colour)
+        return []
+    return [(curve.name, x[-1], y[-1], colour)]
 
 
 def _draw_times(
@@ -209,14 +231,7 @@ def _draw_times(
     for colour, curve in curves:
         point = (curve.seconds[panel], bd_rate(anchor, curve, "psnr", method))
         axes.plot(*point, "o", color=colour, markersize=6)
-        axes.annotate(
-            curve.name,
-            point,
-            xytext=(6, 4),
-            textcoords="offset points",
-            color=colour,
-            fontsize=8.5,
-        )
+        style.label_point(axes, curve.name, point, colour)
     axes.set_xscale("log")
     axes.margins(0.25)
     axes.set_xlabel(f"{panel.removesuffix('-time')} time [s per picture]")
@@ -228,12 +243,7 @@ def _drawable(curve: Curve, panel: str, anchor: Curve) -> bool:
     if panel in TIMES:
         return panel in curve.seconds and not math.isnan(bd_rate(anchor, curve))
     metric = "psnr" if panel == "saving" else panel
-    return (
-        metric in curve.quality
-        and len(curve.bpp) > 1
-        and np.diff(curve.bpp).min() > 0
-        and np.diff(curve.quality[metric]).min() > 0
-    )
+    return metric in curve.quality and _rises(curve.bpp) and _rises(curve.quality[metric])
 
 
 def draw(

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 
 import utils
 from utils import ArgumentParser, UsageError, atomic_write
@@ -112,6 +113,21 @@ def label_lines(
                 "shrinkB": 2,
             },
         )
+
+
+def label_point(axes: Axes, name: str, point: tuple[float, float], colour: str) -> None:
+    """Write a name to the lower right of a point, which curves that rise leave free."""
+    axes.annotate(
+        name,
+        point,
+        xytext=(6, -10),
+        textcoords="offset points",
+        color=colour,
+        fontsize=8.5,
+        fontweight="bold" if colour == ACCENT else "normal",
+        path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        zorder=5,
+    )
 
 
 def check_output(path: Path) -> str:

@@ -17,12 +17,12 @@ NAME = "mambavc-light-0.0130"
 # Encoded on an H200 from the top left corner of demo/train/*.jpg:
 # file: (crop, height, width, CRC-32 of all decoded symbols, PSNR in dB).
 STREAMS = {
-    "crop1b.mvc": ("crop1.jpg", 97, 131, 0x8E0619EF, 33.267),
-    "crop2d.mvc": ("crop2.jpg", 200, 64, 0x3E5FD3A8, 35.869),
-    "crop4c.mvc": ("crop4.jpg", 1, 1, 0xB7B6101A, 39.680),
-    "crop3d.mvc": ("crop3.jpg", 200, 64, 0x15609DCC, 36.142),
-    "crop4b.mvc": ("crop4.jpg", 97, 131, 0x46EEA7C1, 34.141),
-    "crop2b.mvc": ("crop2.jpg", 97, 131, 0x3C557AA4, 32.549),
+    "crop1b.mvc": ("crop1.jpg", 97, 131, 0x1D680660, 33.504),
+    "crop2b.mvc": ("crop2.jpg", 97, 131, 0x6FE04944, 32.660),
+    "crop2c.mvc": ("crop2.jpg", 1, 1, 0x00C1F8E4, 36.567),
+    "crop2d.mvc": ("crop2.jpg", 200, 64, 0xE8F1CBC5, 36.063),
+    "crop3d.mvc": ("crop3.jpg", 200, 64, 0xDAFBC09F, 36.707),
+    "crop4b.mvc": ("crop4.jpg", 97, 131, 0x997AC857, 34.191),
 }
 
 
@@ -66,8 +66,8 @@ def test_numbers_of_a_kodak_picture(model):
         model, container.fingerprint(model), x, estimate=False, exact=True
     )
     # As measured on an H200, see results/mambavc-light-kodak.json.
-    assert row["bpp"] == pytest.approx(0.3513, rel=0.005)
-    assert row["psnr-rgb"] == pytest.approx(34.643, abs=0.02)
+    assert row["bpp"] == pytest.approx(0.3061, rel=0.005)
+    assert row["psnr-rgb"] == pytest.approx(34.800, abs=0.02)
 
 
 def test_file_is_the_one_recorded():

@@ -3,13 +3,14 @@
 import io
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageColor
 
 import models
 from results import architecture, plot, receptive_field, scaling, speed, style, visual
@@ -67,10 +68,20 @@ def test_bd_rate_of_a_scaled_curve_is_the_scale(factor):
     assert bd_rate(anchor, scaled) == pytest.approx(100 * (factor - 1), abs=1e-6)
 
 
+def test_one_point_is_compared_at_its_quality():
+    anchor = load_curve("vtm")
+    bpp, psnr = anchor.bpp[2], anchor.quality["psnr"][2]
+    assert bd_rate(anchor, curve([1.5 * bpp], [psnr])) == pytest.approx(50)
+    (row,) = plot.bd_table(anchor, [curve([1.5 * bpp], [psnr])])
+    assert f"| c | +50.00 % | at {psnr:.2f} dB |" in plot.format_table([row], anchor, "pchip")
+
+
 def test_bd_rate_that_does_not_exist_is_nan():
     anchor = curve([0.1, 0.2], [28, 31])
     assert math.isnan(bd_rate(anchor, curve([0.1, 0.2], [40, 42])))
-    assert math.isnan(bd_rate(anchor, curve([0.1], [29])))
+    assert math.isnan(bd_rate(anchor, curve([0.1, 0.2], [31, 32])))
+    assert math.isnan(bd_rate(anchor, curve([0.1], [27])))
+    assert math.isnan(bd_rate(curve([0.1], [29]), anchor))
     assert math.isnan(bd_rate(anchor, curve([0.1, 0.2], [30, 29])))
     assert math.isnan(bd_rate(anchor, anchor, metric="ms-ssim"))
 
@@ -140,14 +151,21 @@ def test_an_unknown_curve_is_refused_with_the_known_names():
 
 
 @pytest.mark.parametrize("panel", plot.PANELS)
-def test_every_panel_is_drawn(tmp_path, panel):
-    times = {"encode_time": [0.5, 0.6], "decode_time": [0.7, 0.8]}
-    ours = write_result(
-        tmp_path / "ours.json", [0.3, 0.6], **{"ms-ssim-rgb": [0.95, 0.98]}, **times
-    )
+@pytest.mark.parametrize("points", [1, 2])
+def test_every_panel_is_drawn_with_ours(tmp_path, panel, points):
+    columns = {
+        "ms-ssim-rgb": [0.95, 0.98],
+        "encode_time": [0.5, 0.6],
+        "decode_time": [0.7, 0.8],
+    }
+    columns = {key: values[:points] for key, values in columns.items()}
+    ours = write_result(tmp_path / "ours.json", [0.3, 0.6][:points], **columns)
     output = tmp_path / "rd.png"
     plot.main(["elic", "--ours", ours, "--panels", panel, "--output", str(output)])
     assert picture_size(output) == (1000, 800)
+    accent = ImageColor.getrgb(style.ACCENT)
+    colours = Image.open(output).convert("RGB").getcolors(2**24)
+    assert sum(count for count, colour in colours if colour == accent) > 50
 
 
 def test_a_panel_without_data_is_refused(tmp_path):
@@ -302,6 +320,12 @@ def test_receptive_fields_are_drawn_and_redrawn(tmp_path, checkpoint, pictures, 
     assert picture_size(output)[0] > 300
     assert capsys.readouterr().out == printed
     assert printed.startswith("convvc: 50% within ")
+
+
+def test_kept_receptive_fields_are_those_of_the_claims():
+    fields = receptive_field.load(Path(receptive_field.__file__).parent / "receptive_field.npz")
+    held = {name: receptive_field.sides(values)[0.99] for name, values in fields.items()}
+    assert held == {"mambavc": 461, "convvc": 65, "swinvc": 169}
 
 
 def test_receptive_field_needs_large_enough_pictures(tmp_path, checkpoint, pictures):

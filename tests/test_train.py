@@ -278,7 +278,8 @@ def test_processes_average_tensors(tmp_path):
         "assert all(map(torch.equal, tensors, own(0))), tensors\n"
         "processes.close()\n"
     )
-    result = run_script([*TWO_PROCESSES, str(script)], PYTHONPATH=str(ROOT))
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    result = run_script([*TWO_PROCESSES, str(script)], PYTHONPATH=path)
     assert result.returncode == 0, result.stderr
 
 
