@@ -372,7 +372,6 @@ def training_step(
         output["x_hat"] = output["x_hat"].float()
         loss = criterion(output, x)["loss"] + model.aux_loss()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         return loss.detach()
 
     def update() -> None:
@@ -385,6 +384,7 @@ def training_step(
 
     def step() -> None:
         gradients(x)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         update()
         for each in optimizers:
             each.zero_grad()

@@ -168,6 +168,8 @@ class Trainer:
                 getattr(model, name).compile(dynamic=False)  # crops are all of one size
         if args.cuda_graph:  # gradients are averaged after each replay, which runs no hooks
             self.net = model
+            # As DistributedDataParallel does. It also keeps the first process from giving an
+            # earlier run's checkpoint a new name before all have read it.
             processes.share([p.detach() for p in model.parameters()])
         else:
             self.net = processes.wrap(model)
@@ -327,7 +329,7 @@ class Trainer:
         pixels = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         return pixels.float().div_(255)
 
-    def _backward(self, x: Tensor, last: bool = True) -> Tensor:
+    def _backward(self, x: Tensor, last: bool) -> Tensor:
         """Add a batch's gradients; return its loss, bpp and MSE: float32 (3,)."""
         wait = nullcontext if last or self.processes.world_size == 1 else self.net.no_sync
         amp = torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.args.amp))
@@ -338,8 +340,8 @@ class Trainer:
             terms = self.criterion(output, x)
             loss = terms["loss"] / self.args.accumulate
             if last:
-                # It reaches the quantiles only and the loss reaches everything else: one backward
-                # pass lets DistributedDataParallel average both.
+                # It reaches the quantiles only and the loss reaches everything else: after one
+                # backward pass both are averaged together.
                 loss = loss + self.model.aux_loss()
             loss.backward()
         mse = terms["mse_loss"] if "mse_loss" in terms else F.mse_loss(output["x_hat"], x)
@@ -354,7 +356,8 @@ class Trainer:
         norm = measured.new_zeros(())
         if last:
             if self.captured:
-                self.processes.average([p.grad for p in self.model.parameters()])
+                grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+                self.processes.average(grads)
             limit = self.args.clip_max_norm or math.inf
             norm = nn.utils.clip_grad_norm_(self.net_parameters, limit)
         return torch.cat([measured / self.args.accumulate, norm[None]])
@@ -365,7 +368,8 @@ class Trainer:
 
     def _capture(self, x: Tensor) -> None:
         """Have backward passes and updates replayed from CUDA graphs from now on."""
-        backward = GraphedGradients(self._backward, list(self.model.parameters()), x)
+        whole_step = functools.partial(self._backward, last=True)  # nothing is accumulated
+        backward = GraphedGradients(whole_step, list(self.model.parameters()), x)
         self.backward = lambda x, last: backward(x)
         self.update = GraphedUpdate(self.optimizers)
         self.captured = True

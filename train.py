@@ -100,8 +100,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="mixed precision; scan states and entropy model stay in float32")
     add("--compile", action="store_true", help="compile the transforms with torch.compile")
     add("--cuda-graph", action="store_true",
-        help="replay the passes of a step from a CUDA graph: much faster where a GPU waits for "
-        "its host; needs --cuda and --type mse, no --accumulate or --grad-checkpoint")
+        help="replay backward passes and optimisers from CUDA graphs: much faster where a GPU "
+        "waits for its host; needs --cuda and --type mse, no --accumulate or --grad-checkpoint")
     add("--grad-checkpoint", action="store_true",
         help="recompute blocks in the backward pass: less memory, more time")
 

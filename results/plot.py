@@ -135,16 +135,16 @@ def bd_table(anchor: Curve, curves: Sequence[Curve], method: str = "pchip") -> l
 
     Returns:
         Rows with ``name``, ``psnr`` and ``ms-ssim`` (percent or None) and ``psnr_interval``, the
-        dB that both curves cover (None where they do not overlap; of equal ends for one point).
+        dB that both curves cover (of equal ends for one point; None where they do not overlap).
     """
     rows = []
     for curve in curves:
         a, b = anchor.quality["psnr"], curve.quality["psnr"]
         interval = [float(max(a.min(), b.min())), float(min(a.max(), b.max()))]
-        row: dict = {
-            "name": curve.name,
-            "psnr_interval": interval if interval[0] <= interval[1] else None,
-        }
+        comparable = interval[0] < interval[1] or (
+            interval[0] == interval[1] and len(a) > len(b) == 1
+        )
+        row: dict = {"name": curve.name, "psnr_interval": interval if comparable else None}
         for metric in QUALITY:
             value = bd_rate(anchor, curve, metric, method)
             row[metric] = None if math.isnan(value) else value
@@ -242,6 +242,8 @@ def _drawable(curve: Curve, panel: str, anchor: Curve) -> bool:
     """Whether a curve has what a panel shows."""
     if panel in TIMES:
         return panel in curve.seconds and not math.isnan(bd_rate(anchor, curve))
+    if panel == "saving" and len(anchor.bpp) < 2:
+        return False
     metric = "psnr" if panel == "saving" else panel
     return metric in curve.quality and _rises(curve.bpp) and _rises(curve.quality[metric])
 

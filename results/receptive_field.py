@@ -12,9 +12,9 @@ colours and averaged over pictures (Luo et al., arXiv:1701.04128).
 
 import argparse
 import sys
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -91,11 +91,11 @@ def sides(values: np.ndarray) -> dict[float, int]:
     return result
 
 
-def save(fields: dict[str, np.ndarray], path: Path) -> None:
+def save(fields: dict[str, np.ndarray], about: str, path: Path) -> None:
     """Write fields to an .npz file, relative to their peaks, in half precision."""
     with utils.atomic_write(path) as temporary, open(temporary, "wb") as file:
         relative = {k: (v / v.max()).astype(np.float16) for k, v in fields.items()}
-        np.savez_compressed(file, **relative)
+        np.savez_compressed(file, about=np.array(about), **relative)
 
 
 def load(path: Path) -> dict[str, np.ndarray]:
@@ -106,9 +106,12 @@ def load(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with np.load(path) as file:
-            return {name: values.astype(np.float64) for name, values in file.items()}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+            fields = {k: v.astype(np.float64) for k, v in file.items() if k != "about"}
+        if not fields or any(v.ndim != 2 or v.shape[0] != v.shape[1] for v in fields.values()):
+            raise ValueError("it does not hold square maps")
+    except (OSError, EOFError, TypeError, AttributeError, ValueError, BadZipFile) as error:
         raise UsageError(f"{path} is not a file that --save wrote: {error}") from None
+    return fields
 
 
 def draw(fields: dict[str, np.ndarray], output: Path) -> None:
@@ -168,12 +171,14 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--size {args.size} is not a multiple of 64; give one that is")
     style.check_output(args.output)
     if args.save is not None:
+        if args.save.suffix != ".npz":
+            parser.error(f"--save needs a name that ends in .npz, got {args.save}")
         utils.check_output(args.save)
     return args
 
 
 def measure(args: argparse.Namespace) -> dict[str, np.ndarray]:
-    """The field of each checkpoint, by the name of its model."""
+    """The field of each checkpoint, by the name of its model; saved if --save says so."""
     device = utils.select_device(args.cuda)
     files = utils.list_images(args.data)
     fields = {}
@@ -182,14 +187,15 @@ def measure(args: argparse.Namespace) -> dict[str, np.ndarray]:
         model = utils.build_from_checkpoint(checkpoint, path).to(device)
         name = checkpoint.get("model", path.stem)
         fields[name] = field(model, files, args.size, args.point, device)
+    if args.save is not None:
+        about = f"gradient of the centre of {args.point}, mean over {len(files)} pictures"
+        save(fields, about, args.save)
     return fields
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
     fields = load(args.inputs[0]) if args.inputs[0].suffix == ".npz" else measure(args)
-    if args.save is not None:
-        save(fields, args.save)
     for name, values in fields.items():
         held = ", ".join(f"{share:.0%} within {side} px" for share, side in sides(values).items())
         print(f"{name}: {held}")

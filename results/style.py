@@ -116,7 +116,7 @@ def label_lines(
 
 
 def label_point(axes: Axes, name: str, point: tuple[float, float], colour: str) -> None:
-    """Write a name to the lower right of a point, which curves that rise leave free."""
+    """Write a name to the lower right of a point: rising curves leave that side free."""
     axes.annotate(
         name,
         point,

@@ -74,6 +74,9 @@ def test_one_point_is_compared_at_its_quality():
     assert bd_rate(anchor, curve([1.5 * bpp], [psnr])) == pytest.approx(50)
     (row,) = plot.bd_table(anchor, [curve([1.5 * bpp], [psnr])])
     assert f"| c | +50.00 % | at {psnr:.2f} dB |" in plot.format_table([row], anchor, "pchip")
+    touching = curve([0.1, 0.2], [anchor.quality["psnr"][-1], 60])
+    (row,) = plot.bd_table(anchor, [touching])
+    assert "| c |  | no overlap |  |" in plot.format_table([row], anchor, "pchip")
 
 
 def test_bd_rate_that_does_not_exist_is_nan():
@@ -152,7 +155,9 @@ def test_an_unknown_curve_is_refused_with_the_known_names():
 
 @pytest.mark.parametrize("panel", plot.PANELS)
 @pytest.mark.parametrize("points", [1, 2])
-def test_every_panel_is_drawn_with_ours(tmp_path, panel, points):
+def test_every_panel_is_drawn_with_ours(tmp_path, monkeypatch, panel, points):
+    for label in ("label_point", "label_lines"):  # names have their curve's colour
+        monkeypatch.setattr(style, label, lambda *args: None)
     columns = {
         "ms-ssim-rgb": [0.95, 0.98],
         "encode_time": [0.5, 0.6],
@@ -170,6 +175,9 @@ def test_every_panel_is_drawn_with_ours(tmp_path, panel, points):
 
 def test_a_panel_without_data_is_refused(tmp_path):
     output = tmp_path / "rd.png"
+    one = write_result(tmp_path / "one.json", [0.3])
+    with pytest.raises(UsageError, match="panel saving"):
+        plot.main(["elic", "--anchor", one, "--panels", "saving", "--output", str(output)])
     with pytest.raises(UsageError, match="decode-time"):
         plot.main(["elic", "--panels", "decode-time", "--output", str(output)])
     assert not output.exists()
@@ -341,6 +349,7 @@ def test_receptive_field_needs_large_enough_pictures(tmp_path, checkpoint, pictu
         (["x.pth.tar"], "need --data FOLDER"),
         (["x.npz", "--data", "x"], "drawn alone"),
         (["x.npz", "y.npz"], "drawn alone"),
+        (["x.pth.tar", "--data", "x", "--save", "y"], "ends in .npz"),
     ],
 )
 def test_receptive_field_refuses(tmp_path, options, message):
@@ -348,9 +357,26 @@ def test_receptive_field_refuses(tmp_path, options, message):
         receptive_field.main([*options, "--output", str(tmp_path / "x.png")])
 
 
-def test_receptive_field_refuses_other_files(tmp_path):
+def npz(**arrays):
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    return buffer.getvalue()
+
+
+def npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no archive", npz(), npz(x=np.ones(4)), npz(x=np.ones((4, 9))), npy(np.ones((4, 4)))],
+    ids=["empty", "text", "no maps", "line", "oblong", "npy"],
+)
+def test_receptive_field_refuses_other_files(tmp_path, content):
     file = tmp_path / "x.npz"
-    file.write_bytes(b"no archive")
+    file.write_bytes(content)
     with pytest.raises(UsageError, match="not a file that --save wrote"):
         receptive_field.main([str(file), "--output", str(tmp_path / "x.png")])
 

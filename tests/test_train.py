@@ -26,10 +26,6 @@ from utils import DataError, UsageError
 
 ROOT = Path(__file__).parent.parent
 NUM_TRAIN = 5
-TWO_PROCESSES = (
-    *(sys.executable, "-m", "torch.distributed.run"),
-    *("--standalone", "--nproc_per_node=2"),
-)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -228,37 +224,69 @@ def test_workers_cache_and_recomputation_change_nothing(flags, tmp_path):
     assert_same_run(load(tmp_path / "other"), load(tmp_path / "plain"))
 
 
+# How gradients are averaged beside CUDA graphs, without a GPU to capture one.
+AS_WITH_GRAPHS = """
+import engine, train, utils
+
+def capture(trainer, x):
+    trainer.captured = True
+engine.Trainer._capture = capture
+
+parse_args = train.parse_args
+def with_graphs(argv=None):
+    args = parse_args(argv)
+    args.cuda_graph = True
+    return args
+train.parse_args = with_graphs
+utils.run_main(train.main)
+"""
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
+def run_two_processes(script, *argv):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    result = run_script([*launcher, str(script)], *argv, PYTHONPATH=path)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize(
-    ("machine", "tolerance"),
+    ("script", "machine"),
     [
-        # Gradients are summed in another order, and Adam divides those next to zero by their size.
-        (["--grad-checkpoint"], 1e-3),
-        # TF32, bfloat16 in Muon, and kernels chosen by the size of the batch.
-        pytest.param(["--cuda", "--grad-checkpoint"], 0.1, marks=needs_two_gpus),
-        pytest.param(["--cuda", "--cuda-graph"], 0.1, marks=needs_two_gpus),
+        ("train.py", ["--grad-checkpoint"]),
+        (AS_WITH_GRAPHS, []),
+        pytest.param("train.py", ["--cuda", "--grad-checkpoint"], marks=needs_two_gpus),
+        pytest.param("train.py", ["--cuda", "--cuda-graph"], marks=needs_two_gpus),
     ],
-    ids=["cpu", "gpus", "graphs"],
+    ids=["cpu", "cpu-averaged", "gpu", "gpu-graphs"],
 )
-def test_two_processes_equal_one_with_both_batches(flags, tiny, tmp_path, machine, tolerance):
+def test_two_processes_equal_one_with_both_batches(flags, tiny, tmp_path, script, machine):
     options = ["--val-every", "1", "--seed", "1", "--optimizer", "muon", *machine]
     main(flags("one", *options, "--batch-size", "4", steps=5))
-    result = run_script([*TWO_PROCESSES, "train.py"], *flags("two", *options, steps=5))
-    assert result.returncode == 0, result.stderr
+    if script == AS_WITH_GRAPHS:
+        script = tmp_path / "as_with_graphs.py"
+        script.write_text(AS_WITH_GRAPHS)
+    run_two_processes(script, *flags("two", *options, steps=5))
     one, two = load(tmp_path / "one"), load(tmp_path / "two")
+    # On GPUs: TF32, and kernels chosen by the size of the batch. Processes that did not average,
+    # or drew noise of their own, would be 0.05 off.
+    tolerance = 1e-3 if "--cuda" in machine else 1e-5
     for a, b in zip(one["history"], two["history"], strict=True):
-        assert b == pytest.approx(a, rel=tolerance / 100)
+        assert b == pytest.approx(a, rel=tolerance)
+    assert torch.equal(one["rng"]["cpu"], two["rng"]["cpu"])
+    assert one["global_batch"] == two["global_batch"] == 4
+    if "--cuda" in machine:  # Muon computes in bfloat16 there
+        return
+
     start = torch.load(tiny, weights_only=True)["state_dict"]
 
     def distance(x, y):
-        keys = [key for key in start if start[key].numel()]  # there are no CDF tables yet
+        """Of weights; the quantiles, which are no weights, move a thousand times as far."""
+        keys = [k for k in start if start[k].numel() and not k.endswith("quantiles")]
         return sum((x[key] - y[key]).double().square().sum() for key in keys) ** 0.5
 
-    assert distance(one["net"], two["net"]) < tolerance * distance(one["net"], start)
-    assert torch.equal(one["rng"]["cpu"], two["rng"]["cpu"])
-    assert one["global_batch"] == two["global_batch"] == 4
+    # Gradients are summed in another order, and Adam divides those next to zero by their size.
+    assert distance(one["net"], two["net"]) < 1e-2 * distance(one["net"], start)
 
 
 def test_processes_average_tensors(tmp_path):
@@ -278,9 +306,7 @@ def test_processes_average_tensors(tmp_path):
         "assert all(map(torch.equal, tensors, own(0))), tensors\n"
         "processes.close()\n"
     )
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    result = run_script([*TWO_PROCESSES, str(script)], PYTHONPATH=path)
-    assert result.returncode == 0, result.stderr
+    run_two_processes(script)
 
 
 def test_processes_draw_parts_of_one_batch():
