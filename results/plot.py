@@ -113,10 +113,7 @@ def bd_rate(anchor: Curve, curve: Curve, metric: str = "psnr", method: str = "pc
     if metric not in anchor.quality or metric not in curve.quality:
         return math.nan
     a, b = anchor.quality[metric], curve.quality[metric]
-    if len(a) < 2 or not _rises(a) or not _rises(b):
-        return math.nan
-    low, high = max(a.min(), b.min()), min(a.max(), b.max())
-    if low > high or (low == high and len(b) > 1):
+    if not _rises(a) or not _rises(b) or _common(a, b) is None:
         return math.nan
     if len(b) == 1:
         return 100 * float(curve.bpp[0] / _rate_at(anchor, b, metric)[0] - 1)
@@ -130,6 +127,16 @@ def _rises(values: np.ndarray) -> bool:
     return bool((np.diff(values) > 0).all())
 
 
+def _common(anchor: np.ndarray, curve: np.ndarray) -> list[float] | None:
+    """Ends of the interval of quality at which two curves are compared, if there is one.
+
+    They are equal for a curve of one point; an anchor has more.
+    """
+    low, high = max(anchor.min(), curve.min()), min(anchor.max(), curve.max())
+    comparable = low < high or (low == high and len(anchor) > len(curve) == 1)
+    return [float(low), float(high)] if comparable else None
+
+
 def bd_table(anchor: Curve, curves: Sequence[Curve], method: str = "pchip") -> list[dict]:
     """BD-rates of all curves, best first by PSNR.
 
@@ -139,12 +146,8 @@ def bd_table(anchor: Curve, curves: Sequence[Curve], method: str = "pchip") -> l
     """
     rows = []
     for curve in curves:
-        a, b = anchor.quality["psnr"], curve.quality["psnr"]
-        interval = [float(max(a.min(), b.min())), float(min(a.max(), b.max()))]
-        comparable = interval[0] < interval[1] or (
-            interval[0] == interval[1] and len(a) > len(b) == 1
-        )
-        row: dict = {"name": curve.name, "psnr_interval": interval if comparable else None}
+        interval = _common(anchor.quality["psnr"], curve.quality["psnr"])
+        row: dict = {"name": curve.name, "psnr_interval": interval}
         for metric in QUALITY:
             value = bd_rate(anchor, curve, metric, method)
             row[metric] = None if math.isnan(value) else value

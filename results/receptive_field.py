@@ -195,7 +195,7 @@ def measure(args: argparse.Namespace) -> dict[str, np.ndarray]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(sys.argv[1:] if argv is None else argv)
-    fields = load(args.inputs[0]) if args.inputs[0].suffix == ".npz" else measure(args)
+    fields = load(args.inputs[0]) if args.data is None else measure(args)
     for name, values in fields.items():
         held = ", ".join(f"{share:.0%} within {side} px" for share, side in sides(values).items())
         print(f"{name}: {held}")

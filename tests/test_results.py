@@ -327,7 +327,10 @@ def test_receptive_fields_are_drawn_and_redrawn(tmp_path, checkpoint, pictures, 
     receptive_field.main([str(file), "--output", str(output)])
     assert picture_size(output)[0] > 300
     assert capsys.readouterr().out == printed
+    sides = receptive_field.sides(receptive_field.load(file)["convvc"])
+    assert 0 < sides[0.5] <= sides[0.9] <= sides[0.99] <= 128
     assert printed.startswith("convvc: 50% within ")
+    assert f"99% within {sides[0.99]} px" in printed
 
 
 def test_kept_receptive_fields_are_those_of_the_claims():
