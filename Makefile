@@ -15,7 +15,7 @@ demo: $(VENV)/.installed ## Evaluate the shipped checkpoint with real bitstreams
 	mkdir -p out
 	$(BIN)/python eval.py --data demo --checkpoint mambavc-light-0.0130 \
 		--json out/light.json --save-images out/light
-	$(BIN)/python -m results.visual --checkpoint mambavc-light-0.0130 --image demo/test/kodim20.png \
+	$(BIN)/python -m tools.figures.visual --checkpoint mambavc-light-0.0130 --image demo/test/kodim20.png \
 		--output out/comparison.png
 	rm -rf out/training
 	$(BIN)/python train.py -d demo --N 8 --M 40 --lambda 0.0130 --optimizer muon --schedule cosine \
@@ -30,7 +30,7 @@ lint: $(VENV)/.installed ## Check style
 	$(BIN)/ruff format --check .
 
 bench: $(VENV)/.installed ## Time the kernels and the network on this machine
-	$(BIN)/python benchmark.py
+	$(BIN)/python -m tools.benchmark
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) out

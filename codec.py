@@ -21,9 +21,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import container
 import utils
-from models import SliceHyperprior
+from models import SliceHyperprior, container
+from models import checkpoint as checkpoint_file
 from utils import DataError, UsageError
 
 STANDARD = "-"
@@ -344,8 +344,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output == STANDARD and sys.stdout.isatty():
         raise UsageError("standard output is a terminal; redirect it to a file or a pipe")
     device = utils.select_device(args.cuda)
-    checkpoint = utils.find_checkpoint(args.checkpoint)
-    codec = Codec(functools.partial(utils.load_model, checkpoint, device), device)
+    checkpoint = checkpoint_file.find_checkpoint(args.checkpoint)
+    codec = Codec(functools.partial(checkpoint_file.load_model, checkpoint, device), device)
 
     def work(job: Job) -> str:
         if args.command == "encode":

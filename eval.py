@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import container
 import utils
-from graphs import Replay
-from models import SliceHyperprior
+from kernels.graphs import Replay
+from models import SliceHyperprior, container
+from models import checkpoint as checkpoint_file
 from utils import UsageError
 
 logger = logging.getLogger("mambavc")
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"several of {', '.join(same[:5])}; rename them"
             )
         utils.make_folder(args.save_images)
-    model = utils.load_model(args.checkpoint, device)
+    model = checkpoint_file.load_model(args.checkpoint, device)
     if args.cuda_graph:
         model.run_stage = Replay()
     fingerprint = container.fingerprint(model)

@@ -17,8 +17,9 @@ import torch
 
 import models
 import utils
-from engine import Trainer, checkpoint_path
-from parallel import Processes
+from models import checkpoint as checkpoint_file
+from training.distributed import Processes
+from training.engine import Trainer, checkpoint_path
 from utils import positive_int
 
 logger = logging.getLogger("mambavc")
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not processes.is_first:
             logger.setLevel(logging.WARNING)
         args.checkpoint = find_checkpoint(args, folder)
-        checkpoint = utils.load_checkpoint(args.checkpoint) if args.checkpoint else None
+        checkpoint = checkpoint_file.load_checkpoint(args.checkpoint) if args.checkpoint else None
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
         trainer = Trainer(args, processes, folder, checkpoint)

@@ -168,7 +168,7 @@ def _conv_silu_op(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @_conv_silu_op.register_kernel("cuda")
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    from kernels.triton_conv_silu import depthwise_conv_silu_forward
+    from kernels.conv_silu_triton import depthwise_conv_silu_forward
 
     return depthwise_conv_silu_forward(x, weight, bias)
 
@@ -187,7 +187,7 @@ def _conv_silu_backward_op(
 
 @_conv_silu_backward_op.register_kernel("cuda")
 def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    from kernels.triton_conv_silu import depthwise_conv_silu_backward
+    from kernels.conv_silu_triton import depthwise_conv_silu_backward
 
     return depthwise_conv_silu_backward(dy, x, weight, bias)
 
@@ -204,7 +204,7 @@ def _norm_gate_op(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
 
 @_norm_gate_op.register_kernel("cuda")
 def _(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    from kernels.triton_norm_gate import norm_gate_forward
+    from kernels.norm_gate_triton import norm_gate_forward
 
     return norm_gate_forward(y, z, weight, bias, eps)
 
@@ -225,7 +225,7 @@ def _norm_gate_backward_op(
 def _(
     dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from kernels.triton_norm_gate import norm_gate_backward
+    from kernels.norm_gate_triton import norm_gate_backward
 
     return norm_gate_backward(dout, y, z, weight, bias, eps)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from compressai.entropy_models import EntropyBottleneck, EntropyModel
 from torch import Tensor
 
-from .coder import MAX_SYMBOL, BitstreamError, SymbolDecoder, SymbolEncoder, Tables
+from .rans import MAX_SYMBOL, BitstreamError, SymbolDecoder, SymbolEncoder, Tables
 
 __all__ = [
     "GUARD",

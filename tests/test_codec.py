@@ -17,11 +17,10 @@ import torch
 from PIL import Image
 
 import codec
-import container
 import models.entropy
 import utils
-from container import BitstreamError
-from models import build_model
+from models import build_model, container
+from models.container import BitstreamError
 from utils import DataError, UsageError
 
 ROOT = Path(__file__).parent.parent

@@ -93,7 +93,7 @@ def check(results, expected, inputs):
 
 
 def check_conv_kernels(shape, dtype):
-    from kernels import triton_conv_silu
+    from kernels import conv_silu_triton as triton_conv_silu
 
     inputs = conv_inputs(shape, dtype)
     dout = torch.randn_like(inputs[0])
@@ -103,7 +103,7 @@ def check_conv_kernels(shape, dtype):
 
 
 def check_norm_kernels(shape, dtype):
-    from kernels import triton_norm_gate
+    from kernels import norm_gate_triton as triton_norm_gate
 
     inputs = norm_inputs(shape, dtype)
     dout = torch.randn_like(inputs[0])
@@ -133,7 +133,7 @@ def test_kernels_in_other_dtypes(dtype):
 
 @needs_kernels
 def test_conv_kernels_walk_long_strips(monkeypatch):
-    from kernels import triton_conv_silu
+    from kernels import conv_silu_triton as triton_conv_silu
 
     # Few programs make each walk many rows; 37 rows are one full strip and a short one.
     monkeypatch.setattr(triton_conv_silu, "PROGRAMS", 1)
@@ -142,7 +142,7 @@ def test_conv_kernels_walk_long_strips(monkeypatch):
 
 @needs_kernels
 def test_norm_kernels_loop_over_tiles(monkeypatch):
-    from kernels import triton_norm_gate
+    from kernels import norm_gate_triton as triton_norm_gate
 
     monkeypatch.setattr(triton_norm_gate, "PROGRAMS", 2)
     monkeypatch.setattr(triton_norm_gate, "GRAD_PROGRAMS", 2)
@@ -152,7 +152,7 @@ def test_norm_kernels_loop_over_tiles(monkeypatch):
 @needs_kernels
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # NumPy's, interpreted
 def test_saturated_gates_stay_finite():
-    from kernels import triton_norm_gate
+    from kernels import norm_gate_triton as triton_norm_gate
 
     y, z, weight, bias = norm_inputs((4, 32), torch.float32)
     z = 200 * torch.sign(z)  # exp(-z) overflows float32

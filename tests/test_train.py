@@ -15,13 +15,14 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.layers import DropPath
 
-import engine
 import models
 import train
 import utils
-from engine import Trainer
-from parallel import GlobalDraws, Processes
+from models import checkpoint as checkpoint_file
 from train import main
+from training import engine
+from training.distributed import GlobalDraws, Processes
+from training.engine import Trainer
 from utils import DataError, UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -128,7 +129,7 @@ def test_run_lowers_the_loss_and_writes_its_folder(flags, tmp_path):
     assert load(tmp_path / "run", "best")["best_loss"] == min(losses)
 
     x = torch.rand(1, 3, 30, 50)
-    model = utils.load_model(folder / "checkpoint_best.pth.tar")
+    model = checkpoint_file.load_model(folder / "checkpoint_best.pth.tar")
     coded = model.compress(x)
     assert model.decompress(**coded)["x_hat"].shape == x.shape
 
@@ -226,7 +227,8 @@ def test_workers_cache_and_recomputation_change_nothing(flags, tmp_path):
 
 # How gradients are averaged beside CUDA graphs, without a GPU to capture one.
 AS_WITH_GRAPHS = """
-import engine, train, utils
+from training import engine
+import train, utils
 
 def capture(trainer, x):
     trainer.captured = True
@@ -293,7 +295,7 @@ def test_two_processes_equal_one_with_both_batches(flags, tiny, tmp_path, script
 
 AVERAGE_AND_SHARE = """
 import torch
-from parallel import Processes
+from training.distributed import Processes
 
 def own(rank):
     kernel = torch.arange(24.0).view(2, 3, 2, 2) * (rank + 1)

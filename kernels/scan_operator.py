@@ -1,0 +1,115 @@
+"""The compiled scan as PyTorch operators: `torch.ops.mambavc.scan_2d` and its backward.
+
+Both take the contract of `kernels.scan_reference.scan_2d`. CPU tensors run `kernels.scan_cpu`, CUDA
+tensors `kernels.scan_triton`; each is imported at its first call. The backward operator recomputes
+what it needs, so only the inputs are kept between the passes.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+__all__ = ["scan_2d", "scan_flops", "scan_macs"]
+
+
+@torch.library.custom_op("mambavc::scan_2d", mutates_args=(), device_types="cpu")
+def scan_2d(
+    x: Tensor,
+    x_dbl: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A_logs: Tensor,
+    Ds: Tensor,
+) -> Tensor:
+    from kernels.scan_cpu import scan_2d_forward
+
+    return scan_2d_forward(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds)
+
+
+@scan_2d.register_kernel("cuda")
+def _(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds):
+    from kernels.scan_triton import scan_2d_forward
+
+    return scan_2d_forward(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds)
+
+
+@scan_2d.register_fake
+def _(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds):
+    return _empty(x)
+
+
+@torch.library.custom_op("mambavc::scan_2d_backward", mutates_args=(), device_types="cpu")
+def scan_2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    x_dbl: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A_logs: Tensor,
+    Ds: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from kernels.scan_cpu import scan_2d_backward as run
+
+    return run(dy, x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds)
+
+
+@scan_2d_backward.register_kernel("cuda")
+def _(dy, x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds):
+    from kernels.scan_triton import scan_2d_backward as run
+
+    return run(dy, x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds)
+
+
+@scan_2d_backward.register_fake
+def _(dy, *inputs):
+    return tuple(_empty(value) for value in inputs)
+
+
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx, dy):
+    return scan_2d_backward(dy.contiguous(), *ctx.saved_tensors)
+
+
+scan_2d.register_autograd(_gradients, setup_context=_save_inputs)
+
+
+def scan_macs(batch: int, height: int, width: int, dim: int, dstate: int, dt_rank: int) -> int:
+    """Multiply-accumulates of one forward scan over all four directions.
+
+    One step of one channel has ``dt_rank`` for delta, two for each of its ``dstate`` states (the
+    update of h and the product with C), and one for D x. As for other layers, products that are
+    not added to a sum (delta A, delta x B) and functions of one number are not among them. The
+    product that makes x_dbl is a matrix product of its own.
+    """
+    return 4 * batch * height * width * dim * (dt_rank + 2 * dstate + 1)
+
+
+def scan_flops(batch: int, height: int, width: int, dim: int, dstate: int, dt_rank: int) -> int:
+    """Floating-point operations of the same; a function of one number counts as one.
+
+    Two for each multiply-accumulate; for each state three more: delta A, its exponential, and
+    delta x times B; for each channel three more: the bias of delta, softplus, and delta x.
+    """
+    others = 4 * batch * height * width * dim * (3 * dstate + 3)
+    return 2 * scan_macs(batch, height, width, dim, dstate, dt_rank) + others
+
+
+@register_flop_formula(torch.ops.mambavc.scan_2d)
+def _forward_flops(
+    x_shape, x_dbl_shape, dt_projs_weight_shape, dt_projs_bias_shape, A_logs_shape, Ds_shape,
+    *, out_shape=None, **kwargs,
+) -> int:  # fmt: skip
+    return scan_flops(*x_shape, A_logs_shape[1], dt_projs_weight_shape[2])
+
+
+@register_flop_formula(torch.ops.mambavc.scan_2d_backward)
+def _backward_flops(dy_shape, *shapes, out_shape=None, **kwargs) -> int:
+    """As for matrix products: the gradients by both factors cost twice the forward pass."""
+    return 2 * _forward_flops(*shapes)

@@ -1,0 +1,636 @@
+"""Four-direction selective scan on CUDA GPUs, forward and backward, in Triton.
+
+The scan is cut into chunks of consecutive positions. A first launch finds the state in which each
+chunk ends when it starts from zero, a short one carries the states over the chunks, and a last
+one walks every chunk again from its true first state. All directions read the picture where it
+lies: an order of scanning is only a sequence of pixel addresses.
+
+Forward, a thread owns all states of one or two channels, so that the sum over states needs no
+exchange. In the backward sweep a thread owns 4 states of 4 channels, which balances the sums over
+states against those over channels. What the walks read is fetched a few positions ahead: a step
+takes less time than memory does to answer. The numbers that all channels share go through shared
+memory, so that the lanes of a warp fetch them together and each thread then reads them all.
+"""
+
+# Triton compiles neither starred tuples nor conditional expressions on pointers.
+# ruff: noqa: RUF005, SIM108
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.scan_triton_backward import adjoint_state_kernel, projection_kernel, sweep_kernel
+from kernels.scan_triton_parts import (
+    INTERPRETED,
+    LOG2_E,
+    SIZES,
+    SharedMemory,
+    arange,
+    exp2,
+    fetch_channels,
+    fetch_rows,
+    first_pixel,
+    gl,
+    jit,
+    load_direction,
+    next_group,
+    project_delta,
+    zeros_like,
+)
+
+# Programs per launch, a whole number of waves on the 132 multiprocessors of a Hopper GPU. They
+# are constants, not read from the device, so that the same input gives the same bits on any.
+FORWARD_PROGRAMS = 2112
+BACKWARD_PROGRAMS = 1056
+# Warps of a program and channels of a thread, where the number of channels is a multiple of both.
+FORWARD_WARPS, FORWARD_CHANNELS = 1, 2
+ADJOINT_WARPS, ADJOINT_CHANNELS = 1, 2
+SHORTEST_CHUNK = 32
+# Elements of x up to which the backward launches all directions at once, for seven times x.
+SMALL_MAP = 1 << 22
+# Positions of which the inputs are fetched together.
+FORWARD_GROUP = 4
+ADJOINT_GROUP = 4
+# Backward: a state is kept in memory every SUBCHUNK positions, in shared memory every TILE, and
+# in registers at each position of one TILE. With 24 and 4 a program takes 24 KiB of shared memory
+# and as many registers as let 8 run on a multiprocessor.
+SUBCHUNK = 24
+TILE = 4
+SWEEP_FETCH = 1
+CARRY_AHEAD = 8
+PROJECTION_PIXELS = 64
+PROJECTION_CHANNELS = 32
+
+
+@jit(do_not_specialize=SIZES)
+def _chunk_state_kernel(
+    x,  # (batch, height, width, DIM)
+    x_dbl,  # (batch, height, width, 4, RANK + 2 * DSTATE)
+    dt_projs_weight,  # (4, DIM, RANK)
+    dt_projs_bias,  # (4, DIM)
+    A_logs,  # (4 * DIM, DSTATE)
+    states,  # (4, batch, num_chunks, DSTATE, DIM), of which chunk i + 1 is written
+    delta_sums,  # (4, batch, num_chunks, DIM)
+    height,
+    width,
+    chunk_size,
+    num_chunks,
+    DIM: tl.constexpr,
+    DSTATE: tl.constexpr,
+    RANK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED_DSTATE: tl.constexpr,
+    PADDED_RANK: tl.constexpr,
+    STEPS: tl.constexpr,
+    ACC: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BY_STATE: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+    FETCH_R: tl.constexpr,
+    FETCH_N: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """The state that each chunk but the last adds, and its sum of delta."""
+    NUM_BLOCKS: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
+    ROW: tl.constexpr = RANK + 2 * DSTATE
+    i_block = gl.program_id(0) % NUM_BLOCKS
+    k = gl.program_id(0) // NUM_BLOCKS
+    i_chunk = gl.program_id(1)
+    i_b = gl.program_id(2).to(gl.int64)
+    length = height * width
+
+    # A reversed direction starts with the chunk at the end of the picture, the only short one.
+    last_size = length - (num_chunks - 1) * chunk_size
+    start = gl.where(k >= 2, gl.maximum(i_chunk - 1, 0) * chunk_size, i_chunk * chunk_size)
+    start = gl.where((k >= 2) & (i_chunk > 0), start + last_size, start)
+    count = gl.where((k >= 2) & (i_chunk == 0), last_size, chunk_size)
+
+    o_c = i_block * CHANNELS + arange(CHANNELS, BY_CHANNEL)
+    o_n = arange(PADDED_DSTATE, BY_STATE)
+    o_r = arange(PADDED_RANK, BY_STATE)
+    m_c = o_c < DIM
+    b_W, b_bias, b_A = load_direction(
+        dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r, DIM, DSTATE, RANK, ACC
+    )
+    p_x = x + i_b * length * DIM + o_c
+    p_r = x_dbl + i_b * length * (4 * ROW) + k * ROW
+    p_B = p_r + RANK
+    rs = SharedMemory(ACC, [PADDED_RANK, STEPS], SHARED)
+    Bs = SharedMemory(ACC, [PADDED_DSTATE, STEPS], SHARED)
+
+    b_h = zeros_like(b_A)  # [N, CH]
+    b_sum = zeros_like(b_bias)  # [CH]
+    pixel, left, line, step, jump = first_pixel(start, k, height, width)
+    o_pixels, pixel, left = next_group(pixel, left, line, step, jump, count, STEPS)
+    b_rs = fetch_rows(p_r, o_pixels, RANK, PADDED_RANK, ROW, STEPS, ACC, FETCH_R)
+    b_Bs = fetch_rows(p_B, o_pixels, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+    b_xs = fetch_channels(p_x, o_pixels, m_c, DIM, STEPS, ACC)
+    for i in range(0, count, STEPS):
+        rs.store(b_rs)
+        Bs.store(b_Bs)
+        o_pixels, pixel, left = next_group(pixel, left, line, step, jump, count - i - STEPS, STEPS)
+        b_rs = fetch_rows(p_r, o_pixels, RANK, PADDED_RANK, ROW, STEPS, ACC, FETCH_R)
+        b_Bs = fetch_rows(p_B, o_pixels, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+        b_next_xs = fetch_channels(p_x, o_pixels, m_c, DIM, STEPS, ACC)
+        for t in gl.static_range(STEPS):
+            b_delta = project_delta(rs.slice(t, 1, 1).load(LAYOUT), b_W, b_bias)
+            # With a delta of zero, positions past the end leave the state alone.
+            b_delta = gl.where(i + t < count, b_delta, 0.0)
+            b_B = Bs.slice(t, 1, 1).load(LAYOUT)
+            b_a = exp2(b_A * b_delta[None, :])
+            b_h = b_a * b_h + b_B * (b_delta * b_xs[t])[None, :]
+            b_sum += b_delta
+        b_xs = b_next_xs
+
+    i_slot = (k * gl.num_programs(2) + i_b) * num_chunks + i_chunk
+    gl.store(delta_sums + i_slot * DIM + o_c, b_sum, mask=m_c)
+    p_states = states + (i_slot + 1) * (DSTATE * DIM) + o_n[:, None] * DIM + o_c[None, :]
+    gl.store(p_states, b_h, mask=(o_n < DSTATE)[:, None] & m_c[None, :])
+
+
+@jit(do_not_specialize=SIZES)
+def _carry_kernel(
+    A_logs,  # (4 * DIM, DSTATE)
+    states,  # (2 if WITH_ADJOINTS, DIRECTIONS, batch, num_chunks, DSTATE, DIM), in place
+    delta_sums,  # (DIRECTIONS, batch, num_chunks, DIM)
+    num_chunks,
+    k,
+    DIM: tl.constexpr,
+    DSTATE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    WITH_ADJOINTS: tl.constexpr,
+    ACC: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+):
+    """Turn what each chunk adds into the state on entering it, for directions from k on.
+
+    `states` of chunk i holds what the chunk before it added. Adjoints, the second half, are
+    carried from the last chunk to the first: there chunk i holds what the chunk after it added.
+    """
+    i_n = gl.program_id(1)
+    i_set = gl.program_id(2)
+    num_rows = gl.num_programs(2)
+    if WITH_ADJOINTS:
+        num_rows = num_rows // 2
+    is_adjoint = i_set >= num_rows
+    i_row = i_set % num_rows
+    o_c = gl.program_id(0) * CHANNELS + arange(CHANNELS, BY_CHANNEL)
+    m_c = o_c < DIM
+    direction = k + i_row // (num_rows // DIRECTIONS)
+    b_A = gl.load(A_logs + (direction * DIM + o_c) * DSTATE + i_n, mask=m_c, other=0.0).to(ACC)
+    b_A = -exp2(b_A * LOG2_E) * LOG2_E
+    p_states = states + i_set.to(gl.int64) * num_chunks * (DSTATE * DIM) + i_n * DIM + o_c
+    p_sums = delta_sums + i_row.to(gl.int64) * num_chunks * DIM + o_c
+
+    b_h = zeros_like(b_A)
+    first = gl.where(is_adjoint, num_chunks - 1, 0)
+    sign = gl.where(is_adjoint, -1, 1)
+    gl.store(p_states + first.to(gl.int64) * (DSTATE * DIM), b_h, mask=m_c)
+    for i in range(0, num_chunks - 1, AHEAD):
+        b_as = ()
+        b_hs = ()
+        for j in gl.static_range(AHEAD):
+            m_ahead = m_c & (i + j < num_chunks - 1)
+            o_chunk = (first + sign * (i + j)).to(gl.int64)
+            b_sum = gl.load(p_sums + o_chunk * DIM, mask=m_ahead, other=0.0)
+            b_as = b_as + (exp2(b_A * b_sum),)
+            p_next = p_states + (o_chunk + sign) * (DSTATE * DIM)
+            b_hs = b_hs + (gl.load(p_next, mask=m_ahead, other=0.0),)
+        for j in gl.static_range(AHEAD):
+            m_ahead = m_c & (i + j < num_chunks - 1)
+            b_h = b_as[j] * b_h + b_hs[j]
+            p_next = p_states + (first + sign * (i + j + 1)).to(gl.int64) * (DSTATE * DIM)
+            gl.store(p_next, b_h, mask=m_ahead)
+
+
+@jit
+def _walk_chunk(
+    x, x_dbl, y_sum, y, b_h, b_W, b_bias, b_A, b_D, o_image, start, count, k,
+    height, width, o_c, rs, Bs, Cs,
+    DIM: tl.constexpr, DSTATE: tl.constexpr, RANK: tl.constexpr, PADDED_DSTATE: tl.constexpr,
+    PADDED_RANK: tl.constexpr, STEPS: tl.constexpr, BEGINS: tl.constexpr, ACC: tl.constexpr,
+    LAYOUT: tl.constexpr, FETCH_R: tl.constexpr, FETCH_N: tl.constexpr,
+):  # fmt: skip
+    """Write y_sum plus the outputs of direction k to y, for `count` positions from `start`."""
+    ROW: tl.constexpr = RANK + 2 * DSTATE
+    m_c = o_c < DIM
+    p_x = x + o_image * DIM + o_c
+    p_sum = y_sum + o_image * DIM + o_c
+    p_y = y + o_image * DIM + o_c
+    p_r = x_dbl + o_image * (4 * ROW) + k * ROW
+    p_B = p_r + RANK
+    p_C = p_B + DSTATE
+    pixel, left, line, step, jump = first_pixel(start, k, height, width)
+    o_pixels, pixel, left = next_group(pixel, left, line, step, jump, count, STEPS)
+    b_rs = fetch_rows(p_r, o_pixels, RANK, PADDED_RANK, ROW, STEPS, ACC, FETCH_R)
+    b_Bs = fetch_rows(p_B, o_pixels, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+    b_Cs = fetch_rows(p_C, o_pixels, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+    b_xs = fetch_channels(p_x, o_pixels, m_c, DIM, STEPS, ACC)
+    b_ys = b_xs
+    if not BEGINS:
+        b_ys = fetch_channels(p_sum, o_pixels, m_c, DIM, STEPS, ACC)
+    for i in range(0, count, STEPS):
+        rs.store(b_rs)
+        Bs.store(b_Bs)
+        Cs.store(b_Cs)
+        o_nexts, pixel, left = next_group(pixel, left, line, step, jump, count - i - STEPS, STEPS)
+        b_rs = fetch_rows(p_r, o_nexts, RANK, PADDED_RANK, ROW, STEPS, ACC, FETCH_R)
+        b_Bs = fetch_rows(p_B, o_nexts, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+        b_Cs = fetch_rows(p_C, o_nexts, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+        b_next_xs = fetch_channels(p_x, o_nexts, m_c, DIM, STEPS, ACC)
+        b_next_ys = b_next_xs
+        if not BEGINS:
+            b_next_ys = fetch_channels(p_sum, o_nexts, m_c, DIM, STEPS, ACC)
+        for t in gl.static_range(STEPS):
+            b_delta = project_delta(rs.slice(t, 1, 1).load(LAYOUT), b_W, b_bias)
+            b_B = Bs.slice(t, 1, 1).load(LAYOUT)
+            b_C = Cs.slice(t, 1, 1).load(LAYOUT)
+            b_a = exp2(b_A * b_delta[None, :])
+            b_h = b_a * b_h + b_B * (b_delta * b_xs[t])[None, :]
+            b_y = gl.sum(b_C * b_h, axis=0)
+            if BEGINS:
+                b_y += b_D * b_xs[t]
+            else:
+                b_y += b_ys[t]
+            m_t = m_c & (i + t < count)
+            gl.store(p_y + o_pixels[t] * DIM, b_y.to(y.dtype.element_ty), mask=m_t)
+        o_pixels = o_nexts
+        b_xs = b_next_xs
+        b_ys = b_next_ys
+
+
+@jit(do_not_specialize=SIZES)
+def _output_kernel(
+    x,  # (batch, height, width, DIM)
+    x_dbl,  # (batch, height, width, 4, RANK + 2 * DSTATE)
+    dt_projs_weight,  # (4, DIM, RANK)
+    dt_projs_bias,  # (4, DIM)
+    A_logs,  # (4 * DIM, DSTATE)
+    Ds,  # (4 * DIM)
+    states,  # (4, batch, num_chunks, DSTATE, DIM): on entering each chunk
+    y_sum,  # (batch, height, width, DIM), accumulates; may be y
+    y,  # (batch, height, width, DIM), written by the last order
+    height,
+    width,
+    chunk_size,
+    num_chunks,
+    ORDER: tl.constexpr,
+    DIM: tl.constexpr,
+    DSTATE: tl.constexpr,
+    RANK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED_DSTATE: tl.constexpr,
+    PADDED_RANK: tl.constexpr,
+    STEPS: tl.constexpr,
+    ACC: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BY_STATE: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+    FETCH_R: tl.constexpr,
+    FETCH_N: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """Add both directions of one order: 0 along rows, which begins the sum, 1 along columns.
+
+    A program walks its chunk forwards and then back, and each thread keeps to its channel: it
+    adds to what it wrote itself, or to what the launch before wrote, so no atomics are needed.
+    """
+    i_block = gl.program_id(0)
+    i_chunk = gl.program_id(1)
+    i_b = gl.program_id(2).to(gl.int64)
+    length = height * width
+    first = i_chunk * chunk_size
+    count = gl.minimum(chunk_size, length - first)
+
+    o_c = i_block * CHANNELS + arange(CHANNELS, BY_CHANNEL)
+    o_n = arange(PADDED_DSTATE, BY_STATE)
+    o_r = arange(PADDED_RANK, BY_STATE)
+    m_c = o_c < DIM
+    o_image = i_b * length
+    batch = gl.num_programs(2)
+    p_states = states + o_n[:, None] * DIM + o_c[None, :]
+    m_nc = (o_n < DSTATE)[:, None] & m_c[None, :]
+    b_D = zeros_like(o_c).to(ACC)
+    if ORDER == 0:
+        for i in gl.static_range(4):
+            b_D += gl.load(Ds + i * DIM + o_c, mask=m_c, other=0.0).to(ACC)
+
+    rs = SharedMemory(ACC, [PADDED_RANK, STEPS], SHARED)
+    Bs = SharedMemory(ACC, [PADDED_DSTATE, STEPS], SHARED)
+    Cs = SharedMemory(ACC, [PADDED_DSTATE, STEPS], SHARED)
+
+    # Forwards.
+    b_W, b_bias, b_A = load_direction(
+        dt_projs_weight, dt_projs_bias, A_logs, ORDER, o_c, o_n, o_r, DIM, DSTATE, RANK, ACC
+    )
+    o_states = ((ORDER * batch + i_b) * num_chunks + i_chunk) * (DSTATE * DIM)
+    b_h = gl.load(p_states + o_states, mask=m_nc, other=0.0)  # [N, CH]
+    _walk_chunk(
+        x, x_dbl, y_sum, y_sum, b_h, b_W, b_bias, b_A, b_D, o_image, first, count, ORDER,
+        height, width, o_c, rs, Bs, Cs, DIM, DSTATE, RANK, PADDED_DSTATE, PADDED_RANK, STEPS,
+        ORDER == 0, ACC, LAYOUT, FETCH_R, FETCH_N,
+    )  # fmt: skip
+
+    # And back.
+    b_W, b_bias, b_A = load_direction(
+        dt_projs_weight, dt_projs_bias, A_logs, ORDER + 2, o_c, o_n, o_r, DIM, DSTATE, RANK, ACC
+    )
+    i_slot = ((ORDER + 2) * batch + i_b + 1) * num_chunks - 1 - i_chunk
+    o_states = i_slot * (DSTATE * DIM)
+    b_h = gl.load(p_states + o_states, mask=m_nc, other=0.0)
+    if ORDER == 0:
+        p_out = y_sum
+    else:
+        p_out = y
+    _walk_chunk(
+        x, x_dbl, y_sum, p_out, b_h, b_W, b_bias, b_A, b_D, o_image, length - first - count, count,
+        ORDER + 2, height, width, o_c, rs, Bs, Cs, DIM, DSTATE, RANK, PADDED_DSTATE, PADDED_RANK,
+        STEPS, False, ACC, LAYOUT, FETCH_R, FETCH_N,
+    )  # fmt: skip
+
+
+def _fetch_layout(size: int, num_warps: int):
+    """Blocks of [size, steps], with the lanes of a warp on 4 steps or more."""
+    lanes = min(8, size)
+    return gl.BlockedLayout([size // lanes, 1], [lanes, 32 // lanes], [1, num_warps], [0, 1])
+
+
+def _warps(dim: int, most: int) -> int:
+    return next((w for w in (4, 2) if w <= most and dim % (32 * w) == 0), 1)
+
+
+@functools.lru_cache
+def _walk_options(dim, dstate, rank, dtype, most_warps, most_channels) -> dict:
+    """The constants of kernels in which a thread owns all states of its channels."""
+    per_thread = most_channels if dim % (32 * most_channels) == 0 else 1
+    if dtype == torch.float64:
+        per_thread = 1
+    num_warps = _warps(dim // per_thread, most_warps)
+    padded_dstate, padded_rank = triton.next_power_of_2(dstate), triton.next_power_of_2(rank)
+    layout = by_state = by_channel = fetch_r = fetch_n = shared = None
+    if not INTERPRETED.value:
+        fetch_r = _fetch_layout(padded_rank, num_warps)
+        fetch_n = _fetch_layout(padded_dstate, num_warps)
+        shared = gl.SwizzledSharedLayout(1, 1, 1, order=[0, 1])
+        layout = gl.BlockedLayout([1, per_thread], [1, 32], [1, num_warps], [1, 0])
+        by_state, by_channel = gl.SliceLayout(1, layout), gl.SliceLayout(0, layout)
+    return {
+        "DIM": dim,
+        "DSTATE": dstate,
+        "RANK": rank,
+        "CHANNELS": 32 * per_thread * num_warps,
+        "PADDED_DSTATE": padded_dstate,
+        "PADDED_RANK": padded_rank,
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+        "BY_STATE": by_state,
+        "LAYOUT": layout,
+        "BY_CHANNEL": by_channel,
+        "FETCH_R": fetch_r,
+        "FETCH_N": fetch_n,
+        "SHARED": shared,
+        "num_warps": num_warps,
+    }
+
+
+@functools.lru_cache
+def _sweep_options(dim, dstate, rank, dtype, substeps, steps, fetch) -> dict:
+    """The constants of the kernel in which a thread owns a patch of states and channels."""
+    S = triton.cdiv(triton.next_power_of_2(dstate), 4)
+    rest = max(1, S // 4)
+    layout = by_state = by_channel = lanes = by_sum = by_rest = rows = states = None
+    if not INTERPRETED.value:
+        layout = gl.BlockedLayout([1, S, 1, 4], [4, 1, 8, 1], [1, 1, 1, 1], [3, 1, 0, 2])
+        by_state = gl.SliceLayout(2, gl.SliceLayout(3, layout))
+        by_channel = gl.SliceLayout(0, gl.SliceLayout(1, layout))
+        by_sum = gl.BlockedLayout([1, 1, rest], [8, 4, 1], [1, 1, 1], [2, 1, 0])
+        lanes = gl.SliceLayout(2, by_sum)
+        by_rest = gl.SliceLayout(0, gl.SliceLayout(1, by_sum))
+        rows = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+        states = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 0, 2, 1])
+    return {
+        "DIM": dim,
+        "DSTATE": dstate,
+        "RANK": rank,
+        "S": S,
+        "REST": rest,
+        "SUBSTEPS": substeps,
+        "STEPS": steps,
+        "FETCH": fetch,
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+        "LAYOUT": layout,
+        "BY_STATE": by_state,
+        "BY_CHANNEL": by_channel,
+        "LANES": lanes,
+        "BY_SUM": by_sum,
+        "BY_REST": by_rest,
+        "SHARED_ROWS": rows,
+        "SHARED_STATES": states,
+        "num_warps": 1,
+    }
+
+
+def _chunks(length: int, programs: int, wanted: int, unit: int) -> tuple[int, int]:
+    """Size and number of chunks, a multiple of `unit`, for about `wanted` programs in all."""
+    chunk_size = triton.cdiv(length, max(1, wanted // programs))
+    chunk_size = triton.cdiv(chunk_size, unit) * unit
+    return chunk_size, triton.cdiv(length, chunk_size)
+
+
+def _carry(A_logs, states, delta_sums, k, options):
+    directions, batch, num_chunks, dim = delta_sums.shape
+    with_adjoints = states.dim() == 6
+    layout = None
+    if not INTERPRETED.value:
+        layout = gl.BlockedLayout([1], [32], [1], [0])
+    grid = (triton.cdiv(dim, 32), A_logs.shape[1], directions * batch * (1 + with_adjoints))
+    _carry_kernel[grid](
+        A_logs,
+        states,
+        delta_sums,
+        num_chunks,
+        k,
+        DIM=dim,
+        DSTATE=A_logs.shape[1],
+        CHANNELS=32,
+        AHEAD=CARRY_AHEAD,
+        DIRECTIONS=directions,
+        WITH_ADJOINTS=with_adjoints,
+        ACC=options["ACC"],
+        BY_CHANNEL=layout,
+        num_warps=1,
+    )
+
+
+def scan_2d_forward(
+    x: Tensor,
+    x_dbl: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A_logs: Tensor,
+    Ds: Tensor,
+) -> Tensor:
+    """Scan x along four orders of its pixels and sum the results in image order.
+
+    Besides the result it allocates the chunk states, a few percent of x, and for a dtype of 16
+    bits a float32 buffer of the shape of x in which the directions are summed.
+
+    Args:
+        x: (batch, height, width, dim), contiguous like all others; float32, float64, bfloat16 or
+            float16.
+        x_dbl: (batch, height, width, 4, rank + 2 * dstate), in the dtype of x: the low-rank part
+            of delta, B and C of each direction.
+        dt_projs_weight: (4, dim, rank), float32, or float64 if x is; so are all that follow.
+        dt_projs_bias: (4, dim).
+        A_logs: (4 * dim, dstate), with A = -exp(A_logs).
+        Ds: (4 * dim).
+
+    Returns:
+        y: (batch, height, width, dim), in the dtype of x. States and sums are float32, or float64.
+    """
+    batch, height, width, dim = x.shape
+    dstate = A_logs.shape[1]
+    rank = dt_projs_weight.shape[2]
+    options = _walk_options(dim, dstate, rank, x.dtype, FORWARD_WARPS, FORWARD_CHANNELS)
+    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    blocks = triton.cdiv(dim, options["CHANNELS"])
+    chunk_size, num_chunks = _chunks(
+        height * width, blocks * batch, FORWARD_PROGRAMS, SHORTEST_CHUNK
+    )
+    states = x.new_empty(4, batch, num_chunks, dstate, dim, dtype=accumulator)
+    delta_sums = x.new_empty(4, batch, num_chunks, dim, dtype=accumulator)
+    y = torch.empty_like(x)
+    y_sum = y if x.dtype == accumulator else torch.empty_like(x, dtype=accumulator)
+    inputs = x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs
+    sizes = height, width, chunk_size, num_chunks
+    with torch.cuda.device_of(x):
+        if num_chunks > 1:
+            grid = (blocks * 4, num_chunks - 1, batch)
+            _chunk_state_kernel[grid](
+                *inputs, states, delta_sums, *sizes, STEPS=FORWARD_GROUP, **options
+            )
+        _carry(A_logs, states, delta_sums, 0, options)
+        for order in range(2):
+            _output_kernel[(blocks, num_chunks, batch)](
+                *inputs, Ds, states, y_sum, y, *sizes, ORDER=order, STEPS=FORWARD_GROUP, **options
+            )
+    return y
+
+
+def scan_2d_backward(
+    dy: Tensor,
+    x: Tensor,
+    x_dbl: Tensor,
+    dt_projs_weight: Tensor,
+    dt_projs_bias: Tensor,
+    A_logs: Tensor,
+    Ds: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `scan_2d_forward` by its six inputs, given dy, the gradient by y.
+
+    Directions are taken one after the other, but together on small maps. Besides the results it
+    allocates, in float32 and at a state size of 16, about 2.7 times x: delta, two thirds of x for
+    states, and the partial sums of the gradients by B and C.
+
+    Args:
+        dy: (batch, height, width, dim), contiguous, in the dtype of x.
+        x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds: as in `scan_2d_forward`.
+
+    Returns:
+        The gradients by x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs and Ds, each in the
+        shape and dtype of its input.
+    """
+    batch, height, width, dim = x.shape
+    length = height * width
+    dstate, rank = A_logs.shape[1], dt_projs_weight.shape[2]
+    walk = _walk_options(dim, dstate, rank, x.dtype, ADJOINT_WARPS, ADJOINT_CHANNELS)
+    sweep = _sweep_options(dim, dstate, rank, x.dtype, SUBCHUNK, TILE, SWEEP_FETCH)
+    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # On a small map launches take longer than the work: one for all directions.
+    directions = 4 if x.numel() <= SMALL_MAP else 1
+    blocks = triton.cdiv(dim, walk["CHANNELS"])
+    chunk_size, num_chunks = _chunks(length, blocks * batch, BACKWARD_PROGRAMS, SUBCHUNK)
+    num_subchunks = chunk_size // SUBCHUNK
+    sweep_blocks = triton.cdiv(dim, 32)
+    pixels, channels = PROJECTION_PIXELS, PROJECTION_CHANNELS
+    if accumulator == torch.float64:
+        pixels, channels = 16, 16
+    num_tiles = triton.cdiv(batch * length, pixels)
+
+    def buffer(*shape):
+        return x.new_empty(shape, dtype=accumulator)
+
+    delta = buffer(directions, batch, height, width, dim)
+    states = buffer(2, directions, batch, num_chunks, dstate, dim)
+    delta_sums = buffer(directions, batch, num_chunks, dim)
+    # The partial sums of dW come when the inner states are done with.
+    inner_shape = directions, batch, num_chunks, num_subchunks, dstate, dim
+    dW_shape = directions, num_tiles, dim, rank
+    scratch = buffer(max(math.prod(inner_shape), math.prod(dW_shape)))
+    inner_states = scratch[: math.prod(inner_shape)]
+    dW_parts = scratch[: math.prod(dW_shape)].view(dW_shape)
+    inner_sums = buffer(directions, batch, num_chunks, num_subchunks, dim)
+    dBC_parts = buffer(sweep_blocks, directions, batch, length, 2 * dstate)
+    dA_parts = buffer(directions, batch * num_chunks, dstate, dim)
+    dD_parts = buffer(batch * num_chunks, dim)
+    dbias_parts = buffer(directions, num_tiles, dim)
+    dx = torch.empty_like(x)
+    dx_sum = dx
+    if directions > 1 or x.dtype != accumulator:
+        dx_sum = buffer(directions, *x.shape)
+    dx_dbl = torch.empty_like(x_dbl)
+    dW = torch.empty_like(dt_projs_weight)
+    dbias = torch.empty_like(dt_projs_bias)
+    dA_logs = torch.empty_like(A_logs)
+
+    sizes = height, width, chunk_size, num_chunks, num_subchunks
+    inputs = x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs
+    with torch.cuda.device_of(x):
+        for k in range(0, 4, directions):
+            adjoint_state_kernel[(blocks, num_chunks, directions * batch)](
+                dy, *inputs, delta, *states, delta_sums, inner_states, inner_sums, dD_parts,
+                *sizes, k, DIRECTIONS=directions, SUBSTEPS=SUBCHUNK, STEPS=ADJOINT_GROUP,
+                WITH_DD=k == 0, **walk,
+            )  # fmt: skip
+            _carry(A_logs, states, delta_sums, k, walk)
+            sweep_kernel[(sweep_blocks, num_chunks, directions * batch)](
+                dy, x, x_dbl, A_logs, Ds, delta, *states, inner_states, inner_sums, dx_sum, dx,
+                dBC_parts, dA_parts, *sizes, k, DIRECTIONS=directions,
+                BEGINS=k == 0, ENDS=directions == 1 and k == 3, **sweep,
+            )  # fmt: skip
+            projection_kernel[(num_tiles, directions)](
+                delta,
+                x_dbl,
+                dt_projs_weight,
+                dt_projs_bias,
+                dBC_parts,
+                dx_dbl,
+                dW_parts,
+                dbias_parts,
+                batch * length,
+                k,
+                DIM=dim,
+                DSTATE=dstate,
+                RANK=rank,
+                CHANNELS=channels,
+                PADDED_DSTATE=walk["PADDED_DSTATE"],
+                PADDED_RANK=max(16, walk["PADDED_RANK"]),
+                PIXELS=pixels,
+                NUM_PARTS=sweep_blocks,
+                ACC=walk["ACC"],
+                num_warps=4,
+            )
+            done = slice(k, k + directions)
+            torch.sum(dW_parts, 1, out=dW[done])
+            torch.sum(dbias_parts, 1, out=dbias[done])
+            dA = dA_parts.sum(1).transpose(1, 2)
+            dA_logs.view(4, dim, dstate)[done] = dA
+        if directions > 1:
+            torch.sum(dx_sum, 0, out=dx, dtype=x.dtype)
+    dDs = dD_parts.sum(0).repeat(4)
+    return dx, dx_dbl, dW, dbias, dA_logs, dDs

@@ -1,0 +1,585 @@
+"""The backward kernels of the four-direction scan; `kernels.scan_triton` launches them.
+
+A first walk finds delta, every SUBSTEPS-th state, and what each chunk adds to the state and to the
+adjoint. The sweep walks the chunks from behind with the adjoint, and the projection takes the
+gradient of delta back to the low-rank input.
+"""
+
+# Triton compiles no starred tuples.
+# ruff: noqa: RUF005
+
+import triton
+import triton.language as tl
+
+from kernels.scan_triton_parts import (
+    INTERPRETED,
+    LN_2,
+    LOG2_E,
+    SIZES,
+    SharedMemory,
+    arange,
+    exp2,
+    fetch_channels,
+    fetch_rows,
+    first_pixel,
+    gl,
+    jit,
+    load_direction,
+    next_group,
+    next_pixel,
+    project_delta,
+    zeros_like,
+)
+
+
+@jit(do_not_specialize=SIZES)
+def adjoint_state_kernel(
+    dy,  # (batch, height, width, DIM)
+    x,  # (batch, height, width, DIM)
+    x_dbl,  # (batch, height, width, 4, RANK + 2 * DSTATE)
+    dt_projs_weight,  # (4, DIM, RANK)
+    dt_projs_bias,  # (4, DIM)
+    A_logs,  # (4 * DIM, DSTATE)
+    delta,  # (DIRECTIONS, batch, height, width, DIM)
+    states,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM), of which chunk i + 1 is written
+    adjoints,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM), of which chunk i - 1 is written
+    delta_sums,  # (DIRECTIONS, batch, num_chunks, DIM)
+    inner_states,  # (DIRECTIONS, batch, num_chunks, num_subchunks, DSTATE, DIM)
+    inner_sums,  # (DIRECTIONS, batch, num_chunks, num_subchunks, DIM)
+    dD_parts,  # (batch, num_chunks, DIM)
+    height,
+    width,
+    chunk_size,
+    num_chunks,
+    num_subchunks,
+    k,
+    DIM: tl.constexpr,
+    DSTATE: tl.constexpr,
+    RANK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED_DSTATE: tl.constexpr,
+    PADDED_RANK: tl.constexpr,
+    SUBSTEPS: tl.constexpr,
+    STEPS: tl.constexpr,
+    DIRECTIONS: tl.constexpr,
+    WITH_DD: tl.constexpr,
+    ACC: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BY_STATE: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+    FETCH_R: tl.constexpr,
+    FETCH_N: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """Both chunk passes of a direction, k or one after it, in one walk, and delta.
+
+    With P_t the product of a up to step t of the chunk, the adjoint that leaves the chunk at its
+    front is sum_t P_t C_t dy_t: it needs no walk of its own from behind.
+    """
+    ROW: tl.constexpr = RANK + 2 * DSTATE
+    i_block = gl.program_id(0)
+    i_chunk = gl.program_id(1)
+    batch = gl.num_programs(2) // DIRECTIONS
+    i_row = gl.program_id(2).to(gl.int64)
+    i_b = i_row % batch
+    k += gl.program_id(2) // batch
+    length = height * width
+    start = i_chunk * chunk_size
+    count = gl.minimum(chunk_size, length - start)
+
+    o_c = i_block * CHANNELS + arange(CHANNELS, BY_CHANNEL)
+    o_n = arange(PADDED_DSTATE, BY_STATE)
+    o_r = arange(PADDED_RANK, BY_STATE)
+    m_c = o_c < DIM
+    m_nc = (o_n < DSTATE)[:, None] & m_c[None, :]
+    o_nc = o_n[:, None] * DIM + o_c[None, :]
+    b_W, b_bias, b_A = load_direction(
+        dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r, DIM, DSTATE, RANK, ACC
+    )
+    o_image = i_b * length * DIM
+    p_x = x + o_image + o_c
+    p_dy = dy + o_image + o_c
+    p_delta = delta + i_row * length * DIM + o_c
+    p_r = x_dbl + i_b * length * (4 * ROW) + k * ROW
+    p_B = p_r + RANK
+    p_C = p_B + DSTATE
+    i_slot = i_row * num_chunks + i_chunk
+    rs = SharedMemory(ACC, [PADDED_RANK, STEPS], SHARED)
+    Bs = SharedMemory(ACC, [PADDED_DSTATE, STEPS], SHARED)
+    Cs = SharedMemory(ACC, [PADDED_DSTATE, STEPS], SHARED)
+
+    b_h = zeros_like(b_A)  # [N, CH]
+    b_P = b_h + 1.0
+    b_G = b_h
+    b_sum = zeros_like(b_bias)  # [CH]
+    b_dD = b_sum
+    pixel, left, line, step, jump = first_pixel(start, k, height, width)
+    o_pixels, pixel, left = next_group(pixel, left, line, step, jump, count, STEPS)
+    b_rs = fetch_rows(p_r, o_pixels, RANK, PADDED_RANK, ROW, STEPS, ACC, FETCH_R)
+    b_Bs = fetch_rows(p_B, o_pixels, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+    b_Cs = fetch_rows(p_C, o_pixels, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+    b_xs = fetch_channels(p_x, o_pixels, m_c, DIM, STEPS, ACC)
+    b_dys = fetch_channels(p_dy, o_pixels, m_c, DIM, STEPS, ACC)
+    for i in range(0, count, STEPS):
+        if i % SUBSTEPS == 0:
+            i_inner = i_slot * num_subchunks + i // SUBSTEPS
+            gl.store(inner_states + i_inner * (DSTATE * DIM) + o_nc, b_h, mask=m_nc)
+            gl.store(inner_sums + i_inner * DIM + o_c, b_sum, mask=m_c)
+        rs.store(b_rs)
+        Bs.store(b_Bs)
+        Cs.store(b_Cs)
+        o_nexts, pixel, left = next_group(pixel, left, line, step, jump, count - i - STEPS, STEPS)
+        b_rs = fetch_rows(p_r, o_nexts, RANK, PADDED_RANK, ROW, STEPS, ACC, FETCH_R)
+        b_Bs = fetch_rows(p_B, o_nexts, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+        b_Cs = fetch_rows(p_C, o_nexts, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
+        b_next_xs = fetch_channels(p_x, o_nexts, m_c, DIM, STEPS, ACC)
+        b_next_dys = fetch_channels(p_dy, o_nexts, m_c, DIM, STEPS, ACC)
+        for t in gl.static_range(STEPS):
+            # Positions past the end add nothing to the sums.
+            is_inside = i + t < count
+            b_delta = project_delta(rs.slice(t, 1, 1).load(LAYOUT), b_W, b_bias)
+            b_delta = gl.where(is_inside, b_delta, 0.0)
+            b_dy = gl.where(is_inside, b_dys[t], 0.0)
+            b_B = Bs.slice(t, 1, 1).load(LAYOUT)
+            b_C = Cs.slice(t, 1, 1).load(LAYOUT)
+            b_a = exp2(b_A * b_delta[None, :])
+            b_h = b_a * b_h + b_B * (b_delta * b_xs[t])[None, :]
+            b_P = b_P * b_a
+            b_G = b_P * (b_C * b_dy[None, :]) + b_G
+            gl.store(p_delta + o_pixels[t] * DIM, b_delta, mask=m_c & is_inside)
+            b_sum += b_delta
+            if WITH_DD:
+                b_dD += b_xs[t] * b_dy
+        o_pixels = o_nexts
+        b_xs = b_next_xs
+        b_dys = b_next_dys
+
+    gl.store(delta_sums + i_slot * DIM + o_c, b_sum, mask=m_c)
+    p_states = states + (i_slot + 1) * (DSTATE * DIM) + o_nc
+    gl.store(p_states, b_h, mask=m_nc & (i_chunk + 1 < num_chunks))
+    p_adjoints = adjoints + (i_slot - 1) * (DSTATE * DIM) + o_nc
+    gl.store(p_adjoints, b_G, mask=m_nc & (i_chunk > 0))
+    if WITH_DD:
+        # D skips the scan: its gradient comes with direction 0, the same for all.
+        gl.store(dD_parts + i_slot * DIM + o_c, b_dD, mask=m_c & (k == 0))
+
+
+@jit
+def _grid(ROWS: tl.constexpr, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr):
+    """Element (i, j) is i COLUMNS + j."""
+    if INTERPRETED:
+        o_i = gl.arange(0, ROWS)
+        o_j = gl.arange(0, COLUMNS)
+    else:
+        o_i = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+        o_j = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
+    return o_i[:, None] * COLUMNS + o_j[None, :]
+
+
+@jit
+def _from_lane(b_x, o_axis, BIT: tl.constexpr, LANES: tl.constexpr, AXIS: tl.constexpr):
+    """What the lane holds whose index along AXIS, o_axis here, differs in BIT; LANES lanes away."""
+    if INTERPRETED:
+        return gl.gather(b_x, o_axis ^ BIT, AXIS)
+    elif b_x.dtype == gl.float64:
+        return gl.inline_asm_elementwise(
+            "{ .reg .b32 lo, hi; mov.b64 {lo, hi}, $1; shfl.sync.bfly.b32 lo, lo, $2, 31, -1;"
+            " shfl.sync.bfly.b32 hi, hi, $2, 31, -1; mov.b64 $0, {lo, hi}; }",
+            "=d,d,r", [b_x, zeros_like(o_axis) + LANES], dtype=gl.float64, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        return gl.inline_asm_elementwise(
+            "shfl.sync.bfly.b32 $0, $1, $2, 31, -1;",
+            "=f,f,r", [b_x, zeros_like(o_axis) + LANES], dtype=gl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@jit
+def _fold(b_low, b_high, o_axis, BIT: tl.constexpr, LANES: tl.constexpr, AXIS: tl.constexpr):
+    """Add the lanes that differ in BIT: those without it get the sum of b_low, others b_high's.
+
+    Half as many values for twice as many lanes: a sum over lanes of many values at once that
+    costs less than one exchange per value.
+    """
+    m_bit = (o_axis & BIT) != 0
+    b_sent = gl.where(m_bit, b_low, b_high)
+    return gl.where(m_bit, b_high, b_low) + _from_lane(b_sent, o_axis, BIT, LANES, AXIS)
+
+
+@jit
+def _halves(b_x):
+    """The first and the second half of the last axis of three."""
+    shape: tl.constexpr = b_x.shape
+    b_x = gl.reshape(b_x, [shape[0], shape[1], 2, shape[2] // 2])
+    return gl.split(gl.permute(b_x, [0, 1, 3, 2]))
+
+
+@jit
+def _fold_halves(b_x, o_axis, BIT: tl.constexpr, LANES: tl.constexpr, AXIS: tl.constexpr):
+    """Fold the last axis of three, or add the lanes if it has come to one element."""
+    if b_x.shape[2] > 1:
+        b_low, b_high = _halves(b_x)
+        o_axis, _ = _halves(o_axis)
+        return _fold(b_low, b_high, o_axis, BIT, LANES, AXIS), o_axis
+    else:
+        return b_x + _from_lane(b_x, o_axis, BIT, LANES, AXIS), o_axis
+
+
+@jit
+def _sum_over_channels(b_dB, b_dC, o_outer, LAYOUT: tl.constexpr):
+    """Sum (4, S, 8) over its last axis: (8, 4, S // 4 or 1), see the kernel for what lies where."""
+    b_sum = _fold(b_dB, b_dC, o_outer, 4, 16, 2)
+    b_sum, o_outer = _fold_halves(
+        gl.permute(b_sum, [0, 2, 1]), gl.permute(o_outer, [0, 2, 1]), 2, 8, 1
+    )
+    b_sum, o_outer = _fold_halves(b_sum, o_outer, 1, 4, 1)
+    b_sum = gl.permute(b_sum, [1, 0, 2])
+    if INTERPRETED:
+        return b_sum
+    else:
+        return gl.convert_layout(b_sum, LAYOUT)
+
+
+@jit
+def _sum_over_states(b_x, o_outer, LANES: tl.constexpr):
+    """Sum (4, 8, 4) over its first axis: (8, 4)."""
+    b_x, o_outer = _fold_halves(b_x, o_outer, 2, 2, 0)
+    b_x, o_outer = _fold_halves(b_x, o_outer, 1, 1, 0)
+    b_x = gl.permute(gl.reshape(b_x, [4, 8]), [1, 0])
+    if INTERPRETED:
+        return b_x
+    else:
+        return gl.convert_layout(b_x, LANES)
+
+
+@jit
+def _descend(pixel, left, line, step, jump, position, end):
+    """From `position` to the one before it; those from `end` on count as the last before `end`."""
+    before, left_before = next_pixel(pixel, left, line, step, jump)
+    is_inside = position < end
+    return gl.where(is_inside, before, pixel), gl.where(is_inside, left_before, left)
+
+
+@jit
+def _fetch_tile(
+    p_x, p_dy, p_delta, p_BC, m_c, m_BC, pixel, left, line, step, jump, position, start, end,
+    DIM: tl.constexpr, ROW: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The inputs of STEPS positions, from `position` backwards; zeros outside of the chunk."""
+    b_xs = ()
+    b_dys = ()
+    b_deltas = ()
+    b_BCs = ()
+    for u in gl.static_range(STEPS):
+        is_inside = (position - u >= start) & (position - u < end)
+        o_pixel = gl.where(is_inside, pixel, 0).to(gl.int64)
+        m_t = m_c & is_inside
+        b_xs = b_xs + (gl.load(p_x + o_pixel * DIM, mask=m_t, other=0.0).to(ACC),)
+        b_dys = b_dys + (gl.load(p_dy + o_pixel * DIM, mask=m_t, other=0.0).to(ACC),)
+        b_deltas = b_deltas + (gl.load(p_delta + o_pixel * DIM, mask=m_t, other=0.0),)
+        b_BC = gl.load(p_BC + o_pixel * (4 * ROW), mask=m_BC & is_inside, other=0.0)
+        b_BCs = b_BCs + (b_BC.to(ACC),)
+        pixel, left = _descend(pixel, left, line, step, jump, position - u, end)
+    return b_xs, b_dys, b_deltas, b_BCs, pixel, left
+
+
+@jit
+def _store_tile(xs, dys, deltas, BCs, b_xs, b_dys, b_deltas, b_BCs, last, STEPS: tl.constexpr):
+    for u in gl.static_range(STEPS):
+        xs.index(last - u).store(b_xs[u])
+        dys.index(last - u).store(b_dys[u])
+        deltas.index(last - u).store(b_deltas[u])
+        BCs.index(last - u).store(b_BCs[u])
+
+
+@jit(do_not_specialize=SIZES)
+def sweep_kernel(
+    dy,  # (batch, height, width, DIM)
+    x,  # (batch, height, width, DIM)
+    x_dbl,  # (batch, height, width, 4, RANK + 2 * DSTATE)
+    A_logs,  # (4 * DIM, DSTATE)
+    Ds,  # (4 * DIM)
+    delta,  # (DIRECTIONS, batch, height, width, DIM), replaced by the gradient of the loss by delta
+    states,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM): on entering each chunk
+    adjoints,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM): on entering each chunk from behind
+    inner_states,  # (DIRECTIONS, batch, num_chunks, num_subchunks, DSTATE, DIM)
+    inner_sums,  # (DIRECTIONS, batch, num_chunks, num_subchunks, DIM)
+    dx_sum,  # (DIRECTIONS, batch, height, width, DIM), accumulates over launches; may be dx
+    dx,  # (batch, height, width, DIM), written by the last direction
+    dBC_parts,  # (blocks of channels, DIRECTIONS, batch, height, width, 2 * DSTATE)
+    dA_parts,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM)
+    height,
+    width,
+    chunk_size,
+    num_chunks,
+    num_subchunks,
+    k,
+    DIRECTIONS: tl.constexpr,
+    BEGINS: tl.constexpr,
+    ENDS: tl.constexpr,
+    DIM: tl.constexpr,
+    DSTATE: tl.constexpr,
+    RANK: tl.constexpr,
+    S: tl.constexpr,
+    REST: tl.constexpr,
+    SUBSTEPS: tl.constexpr,
+    STEPS: tl.constexpr,
+    FETCH: tl.constexpr,
+    ACC: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    BY_STATE: tl.constexpr,
+    BY_CHANNEL: tl.constexpr,
+    LANES: tl.constexpr,
+    BY_SUM: tl.constexpr,
+    BY_REST: tl.constexpr,
+    SHARED_ROWS: tl.constexpr,
+    SHARED_STATES: tl.constexpr,
+):
+    """Walk each chunk from behind with the adjoint g of the state.
+
+    g_t = C_t dy_t + a_{t+1} g_{t+1} with, per step, dx = sum_n g B delta + D dy,
+    d(delta) = sum_n g (B x + A a h_{t-1}), dA = sum_t g delta a h_{t-1}, dB = sum_c g delta x
+    and dC = sum_c dy h. States are found again from the nearest one kept, never by going back:
+    inner_states are those every SUBSTEPS positions of a walk that enters the chunk with zero.
+
+    The inputs of a subchunk lie in shared memory. While it is swept, those of the one before it
+    are fetched FETCH positions at a time, into the rows that the sweep has done with.
+
+    A program is one warp with 32 channels. State n = i S + s of channel c = 4 j + d lies in lane
+    4 j + i, so blocks of states are (4, S, 8, 4), indexed i, s, j, d.
+    """
+    ROW: tl.constexpr = RANK + 2 * DSTATE
+    TILES: tl.constexpr = SUBSTEPS // STEPS
+    i_block = gl.program_id(0)
+    i_chunk = gl.program_id(1)
+    batch = gl.num_programs(2) // DIRECTIONS
+    i_row = gl.program_id(2).to(gl.int64)
+    i_b = i_row % batch
+    k += gl.program_id(2) // batch
+    length = height * width
+    start = i_chunk * chunk_size
+    end = gl.minimum(start + chunk_size, length)
+
+    o_n = _grid(4, S, BY_STATE)
+    o_c = i_block * 32 + _grid(8, 4, BY_CHANNEL)
+    o_nc = o_n[:, :, None, None] * DIM + o_c[None, None, :, :]
+    m_nc = (o_n < DSTATE)[:, :, None, None] & (o_c < DIM)[None, None, :, :]
+    # For sums over lanes: i of (4, 8, 4) and j of (4, S, 8).
+    o_i = gl.max((o_n // S)[:, :, None, None] + (o_c * 0)[None, None, :, :], axis=1)
+    o_j = gl.max((o_n * 0)[:, :, None, None] + (o_c % 32 // 4)[None, None, :, :], axis=3)
+    p_A = A_logs + (k * DIM + o_c)[None, None, :, :] * DSTATE + o_n[:, :, None, None]
+    b_A = -exp2(gl.load(p_A, mask=m_nc, other=0.0).to(ACC) * LOG2_E) * LOG2_E
+
+    # What is stored is one channel to a lane, or one number of B or C.
+    o_lane = i_block * 32 + _grid(8, 4, LANES)
+    m_c = o_lane < DIM
+    o_image = i_b * length * DIM
+    p_x = x + o_image + o_lane
+    p_dy = dy + o_image + o_lane
+    p_delta = delta + i_row * length * DIM + o_lane
+    p_dx_sum = dx_sum + i_row * length * DIM + o_lane
+    p_dx = dx + o_image + o_lane
+    o_BC = _grid(8, S, LANES)
+    m_BC = o_BC % (4 * S) < DSTATE
+    o_BC = o_BC // (4 * S) * DSTATE + o_BC % (4 * S)
+    p_BC = x_dbl + i_b * length * (4 * ROW) + k * ROW + RANK + o_BC
+    if BEGINS:
+        b_D = zeros_like(o_lane).to(ACC)
+        for i in gl.static_range(4):
+            b_D += gl.load(Ds + i * DIM + o_lane, mask=m_c & (k == 0), other=0.0).to(ACC)
+
+    # The sums over channels leave B's or C's in a lane by bit 2 of j, and bits 1 and 0 lead s.
+    o_ji = _grid(8, 4, LANES)
+    o_s = o_ji // 8 % 2 * (S // 2) + o_ji // 4 % 2 * (S // 4)
+    o_s = o_s[:, :, None] + arange(REST, BY_REST)[None, None, :]  # (8, 4, REST)
+    o_sum = (o_ji % 4 * S)[:, :, None] + o_s
+    m_sum = o_sum < DSTATE
+    o_sum += (o_ji // 16 * DSTATE)[:, :, None]
+    p_dBC = dBC_parts + (i_block * gl.num_programs(2) + i_row) * length * (2 * DSTATE)
+
+    i_slot = i_row * num_chunks + i_chunk
+    p_state = states + i_slot * (DSTATE * DIM) + o_nc
+    b_g = gl.load(adjoints + i_slot * (DSTATE * DIM) + o_nc, mask=m_nc, other=0.0)
+    b_dA = zeros_like(b_A)
+
+    xs = SharedMemory(ACC, [SUBSTEPS, 8, 4], SHARED_ROWS)
+    dys = SharedMemory(ACC, [SUBSTEPS, 8, 4], SHARED_ROWS)
+    deltas = SharedMemory(ACC, [SUBSTEPS, 8, 4], SHARED_ROWS)
+    BCs = SharedMemory(ACC, [SUBSTEPS, 8, S], SHARED_ROWS)
+    kept = SharedMemory(ACC, [TILES, 4, S, 8, 4], SHARED_STATES)
+
+    # Two walks from behind: one fetches a subchunk, the other follows a subchunk later.
+    num_inner = (end - start + SUBSTEPS - 1) // SUBSTEPS
+    position = start + num_inner * SUBSTEPS - 1
+    pixel, left, line, step, jump = first_pixel(length - end, (k + 2) % 4, height, width)
+    fetch_pixel = pixel
+    fetch_left = left
+    for i in range(TILES):
+        b_xs, b_dys, b_deltas, b_BCs, fetch_pixel, fetch_left = _fetch_tile(
+            p_x, p_dy, p_delta, p_BC, m_c, m_BC, fetch_pixel, fetch_left, line, step, jump,
+            position - i * STEPS, start, end, DIM, ROW, STEPS, ACC,
+        )  # fmt: skip
+        last = SUBSTEPS - 1 - i * STEPS
+        _store_tile(xs, dys, deltas, BCs, b_xs, b_dys, b_deltas, b_BCs, last, STEPS)
+
+    for i in range(num_inner):
+        i_inner = i_slot * num_subchunks + num_inner - 1 - i
+        b_h = gl.load(inner_states + i_inner * (DSTATE * DIM) + o_nc, mask=m_nc, other=0.0)
+        b_sum = gl.load(inner_sums + i_inner * DIM + o_c, mask=o_c < DIM, other=0.0)
+        b_h0 = gl.load(p_state, mask=m_nc, other=0.0)
+        b_h += exp2(b_A * b_sum[None, None, :, :]) * b_h0
+        for i_tile in range(TILES - 1):
+            kept.index(i_tile).store(b_h)
+            for t in gl.static_range(STEPS):
+                b_delta = deltas.index(i_tile * STEPS + t).load(BY_CHANNEL)
+                b_u = b_delta * xs.index(i_tile * STEPS + t).load(BY_CHANNEL)
+                b_B = BCs.index(i_tile * STEPS + t).slice(0, 4, 0).load(BY_STATE)
+                b_a = exp2(b_A * b_delta[None, None, :, :])
+                b_h = b_a * b_h + b_B[:, :, None, None] * b_u[None, None, :, :]
+        kept.index(TILES - 1).store(b_h)
+
+        for j in range(TILES):
+            i_tile = TILES - 1 - j
+            o_pixels = ()
+            b_dxs = ()
+            for u in gl.static_range(STEPS):
+                is_inside = position - u < end
+                o_pixel = pixel.to(gl.int64)
+                o_pixels = o_pixels + (o_pixel,)
+                if BEGINS:
+                    b_dy = dys.index(i_tile * STEPS + STEPS - 1 - u).load(LANES)
+                    b_dxs = b_dxs + (b_D * b_dy,)
+                else:
+                    b_dx = gl.load(p_dx_sum + o_pixel * DIM, mask=m_c & is_inside, other=0.0)
+                    b_dxs = b_dxs + (b_dx,)
+                pixel, left = _descend(pixel, left, line, step, jump, position - u, end)
+
+            b_as = ()
+            b_hs = (kept.index(i_tile).load(LAYOUT),)
+            for t in gl.static_range(STEPS):
+                # Past the end delta is 0: a is 1 and nothing is added.
+                b_delta = deltas.index(i_tile * STEPS + t).load(BY_CHANNEL)
+                b_u = b_delta * xs.index(i_tile * STEPS + t).load(BY_CHANNEL)
+                b_B = BCs.index(i_tile * STEPS + t).slice(0, 4, 0).load(BY_STATE)
+                b_a = exp2(b_A * b_delta[None, None, :, :])
+                b_h = b_a * b_hs[t] + b_B[:, :, None, None] * b_u[None, None, :, :]
+                b_hs = b_hs + (b_h,)
+                b_as = b_as + (b_a,)
+
+            for t in gl.static_range(STEPS - 1, -1, -1):
+                row = i_tile * STEPS + t
+                if (t + 1) % FETCH == 0:
+                    b_xs, b_dys, b_deltas, b_BCs, fetch_pixel, fetch_left = _fetch_tile(
+                        p_x, p_dy, p_delta, p_BC, m_c, m_BC, fetch_pixel, fetch_left,
+                        line, step, jump, position - (STEPS - 1 - t) - SUBSTEPS, start, end,
+                        DIM, ROW, FETCH, ACC,
+                    )  # fmt: skip
+                b_delta = deltas.index(row).load(BY_CHANNEL)
+                b_u = b_delta * xs.index(row).load(BY_CHANNEL)
+                b_dy = dys.index(row).load(BY_CHANNEL)[None, None, :, :]
+                b_B = BCs.index(row).slice(0, 4, 0).load(BY_STATE)
+                b_C = BCs.index(row).slice(4, 4, 0).load(BY_STATE)
+                b_g += b_C[:, :, None, None] * b_dy
+                b_dC = gl.sum(b_hs[t + 1] * b_dy, axis=3)  # (4, S, 8)
+                b_dB = gl.sum(b_g * b_u[None, None, :, :], axis=3)
+                b_gB = gl.sum(b_g * b_B[:, :, None, None], axis=1)  # (4, 8, 4)
+                b_g = b_g * b_as[t]
+                b_gh = b_g * b_hs[t]
+                b_dA += b_gh * b_delta[None, None, :, :]
+                b_ghA = gl.sum(b_gh * b_A, axis=1)
+
+                b_gB = _sum_over_states(b_gB, o_i, LANES)  # (8, 4)
+                b_ghA = _sum_over_states(b_ghA, o_i, LANES)
+                b_ddelta = b_gB * xs.index(row).load(LANES) + b_ghA * LN_2
+                b_dx = b_dxs[STEPS - 1 - t] + b_gB * deltas.index(row).load(LANES)
+                b_dBC = _sum_over_channels(b_dB, b_dC, o_j, BY_SUM)  # (8, 4, REST)
+                is_inside = position - (STEPS - 1 - t) < end
+                o_pixel = o_pixels[STEPS - 1 - t]
+                if ENDS:
+                    gl.store(
+                        p_dx + o_pixel * DIM, b_dx.to(dx.dtype.element_ty), mask=m_c & is_inside
+                    )
+                else:
+                    gl.store(p_dx_sum + o_pixel * DIM, b_dx, mask=m_c & is_inside)
+                gl.store(p_delta + o_pixel * DIM, b_ddelta, mask=m_c & is_inside)
+                gl.store(p_dBC + o_pixel * (2 * DSTATE) + o_sum, b_dBC, mask=m_sum & is_inside)
+                if t % FETCH == 0:
+                    _store_tile(
+                        xs, dys, deltas, BCs, b_xs, b_dys, b_deltas, b_BCs, row + FETCH - 1, FETCH
+                    )
+            position -= STEPS
+
+    gl.store(dA_parts + i_slot * (DSTATE * DIM) + o_nc, b_dA * b_A * LN_2, mask=m_nc)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def projection_kernel(
+    ddelta,  # (DIRECTIONS, num_rows, DIM)
+    x_dbl,  # (num_rows, 4, RANK + 2 * DSTATE)
+    dt_projs_weight,  # (4, DIM, RANK)
+    dt_projs_bias,  # (4, DIM)
+    dBC_parts,  # (NUM_PARTS, DIRECTIONS, num_rows, 2 * DSTATE)
+    dx_dbl,  # (num_rows, 4, RANK + 2 * DSTATE)
+    dW_parts,  # (DIRECTIONS, programs, DIM, RANK)
+    dbias_parts,  # (DIRECTIONS, programs, DIM)
+    num_rows,
+    k,
+    DIM: tl.constexpr,
+    DSTATE: tl.constexpr,
+    RANK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    PADDED_DSTATE: tl.constexpr,
+    PADDED_RANK: tl.constexpr,
+    PIXELS: tl.constexpr,
+    NUM_PARTS: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Back through softplus and the projection of delta, and the gradient of one row of x_dbl."""
+    ROW: tl.constexpr = RANK + 2 * DSTATE
+    i_p = tl.program_id(0)
+    i_k = tl.program_id(1)
+    k += i_k
+    o_p = i_p.to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    o_r = tl.arange(0, PADDED_RANK)
+    m_p = o_p < num_rows
+    m_pr = m_p[:, None] & (o_r < RANK)[None, :]
+    o_pr = (o_p[:, None] * 4 + k) * ROW + o_r[None, :]
+    b_r = tl.load(x_dbl + o_pr, mask=m_pr, other=0.0).to(ACC)  # [PIXELS, R]
+    b_dr = tl.zeros([PIXELS, PADDED_RANK], dtype=ACC)
+    for i in range(0, DIM, CHANNELS):
+        o_c = i + tl.arange(0, CHANNELS)
+        m_c = o_c < DIM
+        o_kc = k * DIM + o_c
+        m_cr = m_c[:, None] & (o_r < RANK)[None, :]
+        p_W = dt_projs_weight + o_kc[:, None] * RANK + o_r[None, :]
+        b_W = tl.load(p_W, mask=m_cr, other=0.0).to(ACC)  # [CH, R]
+        b_bias = tl.load(dt_projs_bias + o_kc, mask=m_c, other=0.0).to(ACC)
+        p_ddelta = ddelta + (i_k * num_rows.to(tl.int64) + o_p[:, None]) * DIM + o_c[None, :]
+        b_ddelta = tl.load(p_ddelta, mask=m_p[:, None] & m_c[None, :], other=0.0)
+        b_z = _dot(b_r, tl.trans(b_W)) + b_bias[None, :]
+        b_dz = b_ddelta / (1.0 + tl.exp(-b_z))  # [PIXELS, CH]
+        b_dr += _dot(b_dz, b_W)
+        o_part = (i_k * tl.num_programs(0) + i_p).to(tl.int64) * DIM + o_c
+        b_dW = _dot(tl.trans(b_dz), b_r)
+        tl.store(dW_parts + o_part[:, None] * RANK + o_r[None, :], b_dW, mask=m_cr)
+        tl.store(dbias_parts + o_part, tl.sum(b_dz, axis=0), mask=m_c)
+    tl.store(dx_dbl + o_pr, b_dr.to(dx_dbl.dtype.element_ty), mask=m_pr)
+
+    o_n = tl.arange(0, 2 * PADDED_DSTATE)
+    m_pn = m_p[:, None] & (o_n < 2 * DSTATE)[None, :]
+    b_dBC = tl.zeros([PIXELS, 2 * PADDED_DSTATE], dtype=ACC)
+    for i in range(NUM_PARTS):
+        i_part = (i * tl.num_programs(1) + i_k).to(tl.int64)
+        o_pn = (i_part * num_rows + o_p[:, None]) * (2 * DSTATE) + o_n[None, :]
+        b_dBC += tl.load(dBC_parts + o_pn, mask=m_pn, other=0.0)
+    p_dBC = dx_dbl + (o_p[:, None] * 4 + k) * ROW + RANK + o_n[None, :]
+    tl.store(p_dBC, b_dBC.to(dx_dbl.dtype.element_ty), mask=m_pn)
+
+
+@triton.jit
+def _dot(b_x, b_y):
+    if b_x.dtype == tl.float64:
+        return tl.sum(b_x[:, :, None] * b_y[None, :, :], axis=1)
+    else:
+        # Three products of tf32 parts keep float32's accuracy.
+        return tl.dot(b_x, b_y, input_precision="tf32x3")

@@ -1,0 +1,300 @@
+"""The `.mvc` file: one coded picture, with what a decoder needs to get it right or refuse it.
+
+Version 1, byte by byte. Integers are little-endian; a varint is LEB128 (seven bits a byte, lowest
+first, the top bit set on all bytes but the last) in its shortest form.
+
+============ ======= ==========================================================================
+field        bytes   meaning
+============ ======= ==========================================================================
+magic        3       ``MVC``
+version      1       bits 0 to 6: version, 1; bit 7: coded with the exact entropy path
+fingerprint  4       which model decodes it; see `fingerprint`
+height       varint  rows of the picture, 1 to 65,535
+width        varint  columns of the picture, 1 to 65,535; at most 2**26 pixels in all
+guards       varint  number of guard entries, at most 2**20, then for each of them
+             varint  - position of the symbol of y, less that of the entry before it
+             1       - index of its table
+z length     varint  bytes of the string of z
+z            above   string of z (format in `models/coder.py`)
+y            rest    string of y, up to the two checksums
+symbol CRC   4       CRC-32 of all symbols of z and y, as the model counts them
+file CRC     4       CRC-32 of every byte before it
+============ ======= ==========================================================================
+
+A picture of 768x512 takes 23 bytes beyond its two strings (3 + 1 + 4 + 2 + 2 + 1 + 2 + 4 + 4) and
+at most 4 for each guard entry: 39 with four. The file CRC finds damage before anything is decoded.
+The symbol CRC finds a decoder that computed other symbols than the encoder. The fingerprint names
+the wrong checkpoint; should two models share one, the symbol CRC still tells them apart.
+"""
+
+import hashlib
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .base import SliceHyperprior
+from .entropy import BitstreamError
+
+__all__ = [
+    "MAX_BYTES",
+    "MAX_PIXELS",
+    "MAX_SIDE",
+    "VERSION",
+    "BitstreamError",
+    "Stream",
+    "check_size",
+    "fingerprint",
+    "pack",
+    "pack_picture",
+    "unpack",
+    "unpack_picture",
+]
+
+VERSION = 1
+MAX_SIDE = 65_535
+MAX_PIXELS = 2**26
+MAX_BYTES = 2**28  # of a file
+MAX_GUARDS = 2**20
+
+_MAGIC = b"MVC"
+_EXACT = 0x80
+_FIXED = struct.Struct("<3sB4s")
+_CHECKSUMS = struct.Struct("<II")
+_PIXELS_PER_Z = 64
+_MAX_VARINT = 2**32
+# What only the encoder uses, and what the tables were made from.
+_ENCODER = ("g_a.", "h_a.")
+_ENTROPY_MODELS = ("entropy_bottleneck.", "gaussian_conditional.")
+_TABLES = ("quantiles", "_quantized_cdf", "_cdf_length", "_offset", "scale_table")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Contents of a `.mvc` file.
+
+    Attributes:
+        fingerprint: 4 bytes that name the model.
+        exact: coded with the exact entropy path, so that any machine can decode it.
+        height, width: of the picture, in pixels.
+        guards: (position, table index) of guarded symbols of y, positions rising.
+        z, y: strings of the latents.
+        crc: CRC-32 of the symbols.
+    """
+
+    fingerprint: bytes
+    exact: bool
+    height: int
+    width: int
+    guards: Sequence[tuple[int, int]]
+    z: bytes
+    y: bytes
+    crc: int
+
+
+def check_size(height: int, width: int) -> None:
+    """Check a picture's size against the format's limits.
+
+    Raises:
+        BitstreamError: it is outside them.
+    """
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE and height * width <= MAX_PIXELS):
+        raise BitstreamError(
+            f"a picture of {width}x{height} pixels is outside the limits: sides of 1 to "
+            f"{MAX_SIDE} and at most {MAX_PIXELS} pixels in all"
+        )
+
+
+def pack(stream: Stream) -> bytes:
+    """Write a `.mvc` file.
+
+    Raises:
+        BitstreamError: the picture's size is outside the format's limits.
+        ValueError: a field cannot be written; the message names it.
+    """
+    check_size(stream.height, stream.width)
+    if len(stream.fingerprint) != 4:
+        raise ValueError(f"expected a fingerprint of 4 bytes, got {len(stream.fingerprint)}")
+    version = VERSION | (_EXACT if stream.exact else 0)
+    out = bytearray(_FIXED.pack(_MAGIC, version, stream.fingerprint))
+    _write_varint(out, stream.height)
+    _write_varint(out, stream.width)
+    if len(stream.guards) > MAX_GUARDS:
+        raise ValueError(f"{len(stream.guards)} guard entries are more than {MAX_GUARDS}")
+    _write_varint(out, len(stream.guards))
+    last = -1
+    for position, index in stream.guards:
+        if not (last < position < _MAX_VARINT and 0 <= index < 256):
+            raise ValueError(
+                f"guard ({position}, {index}) cannot be written: positions must rise and be below "
+                "2**32, indexes must be below 256"
+            )
+        _write_varint(out, position - max(last, 0))
+        out.append(index)
+        last = position
+    _write_varint(out, len(stream.z))
+    out += stream.z
+    out += stream.y
+    if len(out) + _CHECKSUMS.size > MAX_BYTES:
+        raise ValueError(f"the file would take more than {MAX_BYTES} bytes; check the weights")
+    out += struct.pack("<I", stream.crc)
+    out += struct.pack("<I", zlib.crc32(out))
+    return bytes(out)
+
+
+def unpack(data: bytes) -> Stream:
+    """Read a `.mvc` file. Time and memory are bounded by the file's own length.
+
+    Raises:
+        BitstreamError: it is not one, it is damaged, or its version or size is not supported.
+    """
+    if data[: len(_MAGIC)] != _MAGIC:
+        raise BitstreamError("not an .mvc file: it does not begin with the letters MVC")
+    if len(data) > MAX_BYTES:
+        raise BitstreamError(f"the file is too long: at most {MAX_BYTES} bytes are supported")
+    if len(data) < _FIXED.size + _CHECKSUMS.size:
+        raise BitstreamError(f"the file is cut off: {len(data)} bytes are less than any header")
+    _, version, model = _FIXED.unpack_from(data)
+    if version & ~_EXACT != VERSION:
+        raise BitstreamError(
+            f"version {version & ~_EXACT} of the format is not supported, only version {VERSION}"
+        )
+    crc, file_crc = _CHECKSUMS.unpack_from(data, len(data) - _CHECKSUMS.size)
+    if zlib.crc32(memoryview(data)[:-4]) != file_crc:
+        raise BitstreamError("the file is damaged or cut off: its checksum does not match")
+    reader = _Reader(data, _FIXED.size, len(data) - _CHECKSUMS.size)
+    height, width = reader.varint(), reader.varint()
+    check_size(height, width)
+    guards = reader.guards()
+    z = reader.take(reader.varint())
+    y = reader.take(reader.left)
+    return Stream(model, bool(version & _EXACT), height, width, guards, z, y, crc)
+
+
+class _Reader:
+    """Takes fields off ``data[position:end]``, none of them longer than what is left."""
+
+    def __init__(self, data: bytes, position: int, end: int):
+        self.data = data
+        self.position = position
+        self.end = end
+
+    @property
+    def left(self) -> int:
+        return self.end - self.position
+
+    def take(self, length: int) -> bytes:
+        if length > self.left:
+            raise BitstreamError(
+                f"the file is damaged: a length of {length} bytes with {self.left} bytes left"
+            )
+        self.position += length
+        return self.data[self.position - length : self.position]
+
+    def varint(self) -> int:
+        value = shift = 0
+        while True:
+            (byte,) = self.take(1)
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+            if shift > 28:
+                raise BitstreamError("the file is damaged: a number takes more than five bytes")
+        if value >= _MAX_VARINT or (byte == 0 and shift > 7):
+            raise BitstreamError("the file is damaged: a number is not in its shortest form")
+        return value
+
+    def guards(self) -> list[tuple[int, int]]:
+        count = self.varint()
+        if 2 * count > self.left or count > MAX_GUARDS:
+            raise BitstreamError(
+                f"the file is damaged: {count} guard entries with {self.left} bytes left"
+            )
+        guards: list[tuple[int, int]] = []
+        position = 0
+        for _ in range(count):
+            step = self.varint()
+            position += step
+            if (guards and step == 0) or position >= _MAX_VARINT:
+                raise BitstreamError("the file is damaged: guard positions do not rise")
+            guards.append((position, self.take(1)[0]))
+        return guards
+
+
+def _write_varint(out: bytearray, value: int) -> None:
+    while value >= 0x80:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+
+
+def fingerprint(model: SliceHyperprior) -> bytes:
+    """Four bytes that differ between models that decode differently.
+
+    The first bytes of the SHA-256 of all that decoding depends on: names, shapes and values of the
+    layers behind the latents (as float32, so that storing them in half precision keeps it where
+    the values are equal), of the CDF tables and of the scale table. It takes a pass over all
+    weights: call it once per model.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        made_tables = name.startswith(_ENTROPY_MODELS) and not name.endswith(_TABLES)
+        if name.startswith(_ENCODER) or made_tables:
+            continue
+        kind = torch.float32 if value.is_floating_point() else torch.int64
+        array = value.detach().to("cpu", kind).contiguous().numpy()
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
+    return digest.digest()[:4]
+
+
+def pack_picture(compressed: dict, model_fingerprint: bytes, exact: bool = True) -> bytes:
+    """Write what `SliceHyperprior.compress` returned for one picture as a `.mvc` file.
+
+    Args:
+        compressed: the returned dict, of a batch of one.
+        model_fingerprint: `fingerprint` of the model.
+        exact: as it was given to ``compress``.
+
+    Raises:
+        BitstreamError, ValueError: see `pack`.
+    """
+    (y,), (z,) = compressed["strings"]
+    height, width = compressed["size"]
+    if tuple(compressed["shape"]) != _shape(height, width):
+        raise ValueError(f"z of shape {compressed['shape']} does not go with {width}x{height}")
+    (guards,), (crc,) = compressed["guards"], compressed["crcs"]
+    return pack(Stream(model_fingerprint, exact, height, width, guards, z, y, crc))
+
+
+def unpack_picture(data: bytes | Stream, model_fingerprint: bytes) -> dict:
+    """Arguments of `SliceHyperprior.decompress` for a `.mvc` file, all but ``exact``.
+
+    Args:
+        data: the file's bytes, or what `unpack` returned for them.
+        model_fingerprint: `fingerprint` of the model that is to decode it.
+
+    Raises:
+        BitstreamError: see `unpack`; or the file was made by another model.
+    """
+    stream = data if isinstance(data, Stream) else unpack(data)
+    if stream.fingerprint != model_fingerprint:
+        raise BitstreamError(
+            f"the file was made by model {stream.fingerprint.hex()}, this checkpoint is model "
+            f"{model_fingerprint.hex()}; give the checkpoint it was made with"
+        )
+    return {
+        "strings": [[stream.y], [stream.z]],
+        "shape": _shape(stream.height, stream.width),
+        "size": (stream.height, stream.width),
+        "guards": [stream.guards],
+        "crcs": [stream.crc],
+    }
+
+
+def _shape(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of z."""
+    return -(-height // _PIXELS_PER_Z), -(-width // _PIXELS_PER_Z)

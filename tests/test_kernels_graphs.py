@@ -1,0 +1,102 @@
+"""graphs.py: what a replay computes is what the functions compute. Needs a GPU."""
+
+import pytest
+import torch
+
+import models
+from kernels.graphs import GraphedGradients, GraphedUpdate, Replay
+from layers.swin import SwinBlock
+from training.optim import make_optimizers
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+TINY = {"N": 8, "M": 20, "depths": (1, 1, 1, 1), "Z": 8, "context_width": 16, "transform_width": 16}
+
+
+def tiny() -> models.SliceHyperprior:
+    torch.manual_seed(0)
+    return models.build_model("mambavc", drop_path_rate=0.0, **TINY).cuda()
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_graphed_steps_are_the_eager_steps(optimizer):
+    """Seven steps: three are warm-up, the rest replays; the learning rate changes at each."""
+    batches = torch.rand(7, 2, 3, 64, 64, device="cuda")
+
+    def train(graphed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        model = tiny().eval()  # no noise: both runs see the same loss
+        net, aux = make_optimizers(model, optimizer, 1e-3, 1e-3)
+        optimizers = [*net.values(), aux]
+
+        def gradients(x):
+            output = model(x)
+            bits = sum(p.log2().sum() for p in output["likelihoods"].values())
+            loss = (output["x_hat"] - x).square().mean() * 500 - bits / x.numel()
+            (loss + model.aux_loss()).backward()
+            return loss.detach()
+
+        def update():
+            for each in optimizers:
+                each.step()
+
+        if graphed:
+            gradients = GraphedGradients(gradients, list(model.parameters()), batches[0])
+            update = GraphedUpdate(optimizers)
+        losses = []
+        for step, x in enumerate(batches):
+            for each in optimizers:
+                for group in each.param_groups:
+                    group["lr"] = 1e-3 / (1 + step)
+            losses.append(gradients(x).clone())
+            update()
+            for each in optimizers:
+                each.zero_grad()
+        assert all(isinstance(g["lr"], float) for each in optimizers for g in each.param_groups)
+        return torch.cat([p.detach().flatten() for p in model.parameters()]), torch.stack(losses)
+
+    before = torch.cat([p.detach().flatten() for p in tiny().parameters()])
+    (eager, eager_losses), (graphed, graphed_losses) = train(False), train(True)
+    moved = (eager - before).norm()
+    # Learning rates reach the graph in float32, and library products may take other algorithms.
+    assert moved > 0
+    assert (graphed - eager).norm() < 1e-2 * moved
+    torch.testing.assert_close(graphed_losses, eager_losses, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_replayed_streams_are_the_eager_streams(exact):
+    model = tiny().eval()
+    model.update()
+    pictures = [torch.rand(1, 3, *size, device="cuda") for size in ((64, 128), (50, 100)) * 4]
+    streams = [model.compress(x, exact=exact) for x in pictures]
+    decoded = [model.decompress(**stream, exact=exact)["x_hat"] for stream in streams]
+    model.run_stage = Replay()
+    for x, stream, x_hat in zip(pictures, streams, decoded, strict=True):
+        assert model.compress(x, exact=exact) == stream
+        assert torch.equal(model.decompress(**stream, exact=exact)["x_hat"], x_hat)
+
+
+def test_replay_goes_on_after_it_forgot():
+    replay = Replay()
+    for size in (2, 3, 4) * 3:
+        x = torch.rand(size, size, device="cuda")
+        if size == 4:
+            replay.forget()
+        torch.testing.assert_close(replay(torch.mm, x, x), x @ x)
+
+
+@torch.no_grad()
+def test_graph_outlives_caches():
+    """Masks of many other sizes push those of the first out of the cache; memory is then reused."""
+    block = SwinBlock(16, 8, window_size=4, shift=2).cuda()
+    x = torch.rand(1, 32, 32, 16, device="cuda")
+    expected = block(x)
+    replay = Replay()
+    for _ in range(2):
+        replay(block, x)
+    for size in range(1, 40):
+        block(torch.rand(1, 4 * size, 4, 16, device="cuda"))
+    torch.cuda.empty_cache()
+    filled = [torch.ones(2**n, dtype=torch.bool, device="cuda") for n in range(6, 20)]
+    torch.testing.assert_close(replay(block, x), expected)
+    del filled

@@ -1,0 +1,149 @@
+"""The Triton scan and its gradients against the reference in float64.
+
+Without a GPU the kernels run in Triton's interpreter, where a step of the scan takes
+milliseconds: the maps here are small and the chunks are made short, so that states still cross
+several chunks, subchunks and tiles.
+"""
+
+import os
+
+import pytest
+import torch
+
+from kernels import scan_reference as reference
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+pytest.importorskip("triton", reason="needs Triton")
+pytestmark = pytest.mark.skipif(
+    not CUDA and os.environ.get("TRITON_INTERPRET") != "1",
+    reason="needs a CUDA device or TRITON_INTERPRET=1",
+)
+
+# What the operator promises, forward and for every gradient.
+TOLERANCE = {torch.float32: (1e-5, 1e-4), torch.bfloat16: (2e-2, 2e-2), torch.float16: (2e-2, 2e-2)}
+# A float64 scan of a hundred steps loses a few digits of 1e-16.
+TOLERANCE[torch.float64] = (1e-13, 1e-13)
+
+# batch, height, width, dim, dstate
+SHAPES = [
+    pytest.param((1, 1, 1, 32, 16), id="one-pixel"),
+    pytest.param((1, 1, 9, 32, 4), id="one-row-one-past-a-chunk"),
+    pytest.param((2, 7, 1, 32, 1), id="one-column-one-state-one-short-of-a-chunk"),
+    pytest.param((1, 2, 2, 64, 16), id="one-whole-chunk-two-channels-per-thread"),
+    pytest.param((3, 1, 2, 40, 8), id="batch-of-three-and-part-of-a-channel-block"),
+    pytest.param((1, 3, 5, 33, 3), id="several-subchunks-and-padded-states-and-rank"),
+]
+
+
+@pytest.fixture
+def scan(monkeypatch):
+    from kernels import scan_triton as triton_scan
+
+    # Chunks of 4 forward; backward two chunks or less, of subchunks of two tiles of 2.
+    small = {"SHORTEST_CHUNK": 4, "FORWARD_GROUP": 2, "BACKWARD_PROGRAMS": 2, "ADJOINT_GROUP": 2}
+    small |= {"SUBCHUNK": 4, "TILE": 2, "CARRY_AHEAD": 2}
+    for name, value in small.items():
+        monkeypatch.setattr(triton_scan, name, value)
+    return triton_scan
+
+
+def make_inputs(shape, dtype=torch.float32):
+    batch, height, width, dim, dstate = shape
+    rank = -(-dim // 32)
+    parameter = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*size, dtype=parameter):
+        return torch.randn(size, device=DEVICE, dtype=torch.float64).to(dtype)
+
+    x = normal(batch, height, width, dim, dtype=dtype)
+    x_dbl = normal(batch, height, width, 4, rank + 2 * dstate, dtype=dtype)
+    bias = normal(4, dim) - 3  # delta of about 0.05, as after initialisation
+    A_logs = torch.arange(1, dstate + 1, device=DEVICE).log() + 0.1 * normal(4 * dim, dstate)
+    dt_projs_weight = normal(4, dim, rank) * rank**-0.5
+    inputs = [x, x_dbl, dt_projs_weight, bias, A_logs.to(parameter), normal(4 * dim)]
+    return inputs, normal(batch, height, width, dim, dtype=dtype)
+
+
+def expected(inputs, dy):
+    inputs = [value.double().requires_grad_() for value in inputs]
+    y = reference.scan_2d(*inputs)
+    return y.detach(), torch.autograd.grad(y, inputs, dy.double())
+
+
+def error(result, truth):
+    return (result.double() - truth).norm() / truth.norm().clamp_min(1e-30)
+
+
+def check(scan, inputs, dy):
+    y, gradients = expected(inputs, dy)
+    forward_tolerance, gradient_tolerance = TOLERANCE[dy.dtype]
+    result = scan.scan_2d_forward(*inputs)
+    assert result.dtype == dy.dtype and result.shape == dy.shape
+    assert error(result, y) < forward_tolerance
+    results = scan.scan_2d_backward(dy, *inputs)
+    names = ["x", "x_dbl", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds"]
+    for name, value, gradient, truth in zip(names, inputs, results, gradients, strict=True):
+        assert gradient.shape == value.shape and gradient.dtype == value.dtype, name
+        assert error(gradient, truth) < gradient_tolerance, name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_the_reference(scan, shape):
+    check(scan, *make_inputs(shape))
+
+
+def test_directions_one_by_one(scan, monkeypatch):
+    """Large maps are differentiated one direction after the other, all summed in one buffer."""
+    monkeypatch.setattr(scan, "SMALL_MAP", 0)
+    check(scan, *make_inputs((2, 1, 9, 32, 4)))
+    check(scan, *make_inputs((1, 2, 2, 32, 4), torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes(scan, dtype):
+    check(scan, *make_inputs((1, 2, 3, 32, 4), dtype))
+
+
+@pytest.mark.parametrize("bias", [-110.0, -18.0, 40.0])
+def test_extreme_delta(scan, bias):
+    """Delta of zero, of 1e-8 (its gradients need log1p's accuracy) and so large that all decays."""
+    inputs, dy = make_inputs((1, 2, 3, 32, 4))
+    inputs[2] = 0.1 * inputs[2]
+    inputs[3] = torch.full_like(inputs[3], bias)
+    check(scan, inputs, dy)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device: the interpreter has no races")
+def test_same_bits_each_time():
+    from kernels import scan_triton as scan
+
+    inputs, dy = make_inputs((2, 61, 67, 512, 16))
+    first = scan.scan_2d_forward(*inputs), *scan.scan_2d_backward(dy, *inputs)
+    for _ in range(5):
+        again = scan.scan_2d_forward(*inputs), *scan.scan_2d_backward(dy, *inputs)
+        assert all(map(torch.equal, first, again))
+
+
+def test_chunks_cover_the_picture_without_the_device():
+    from kernels.scan_triton import _chunks
+
+    for length in (1, 31, 32, 33, 98304, 2883584):
+        for programs in (1, 4, 32, 4096):
+            size, number = _chunks(length, programs, 528, 32)
+            assert size % 32 == 0 and (number - 1) * size < length <= number * size
+
+
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_large_picture():
+    """1024 x 1024: float32 against float64."""
+    from kernels import scan_triton as triton_scan
+
+    inputs, dy = make_inputs((1, 1024, 1024, 32, 16))
+    whole = triton_scan.scan_2d_forward(*inputs)
+    double = [value.double() for value in inputs]
+    assert error(whole, triton_scan.scan_2d_forward(*double)) < 1e-5
+    results = triton_scan.scan_2d_backward(dy, *inputs)
+    truths = triton_scan.scan_2d_backward(dy.double(), *double)
+    for result, truth in zip(results, truths, strict=True):
+        assert error(result, truth) < 1e-4

@@ -1,0 +1,217 @@
+"""The `.mvc` file: what is written is what is read, and nothing else is read."""
+
+import copy
+import dataclasses
+import struct
+import zlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from models import build_model, container
+from models.container import BitstreamError, Stream, pack, unpack
+
+KODAK = Stream(
+    fingerprint=b"\x01\x02\x03\x04",
+    exact=True,
+    height=512,
+    width=768,
+    guards=[(70_000, 5), (160_000, 63), (300_000, 1), (491_519, 40)],
+    z=bytes(range(200)) * 5,
+    y=bytes(range(250)) * 60,
+    crc=0xDEADBEEF,
+)
+
+
+def seal(data):
+    """The bytes with a file CRC that fits them."""
+    return data[:-4] + struct.pack("<I", zlib.crc32(data[:-4]))
+
+
+@st.composite
+def streams(draw):
+    height = draw(st.integers(1, container.MAX_SIDE))
+    positions = draw(st.lists(st.integers(0, 2**32 - 1), max_size=20, unique=True))
+    return Stream(
+        fingerprint=draw(st.binary(min_size=4, max_size=4)),
+        exact=draw(st.booleans()),
+        height=height,
+        width=draw(st.integers(1, min(container.MAX_SIDE, container.MAX_PIXELS // height))),
+        guards=[(position, draw(st.integers(0, 255))) for position in sorted(positions)],
+        z=draw(st.binary(max_size=300)),
+        y=draw(st.binary(max_size=300)),
+        crc=draw(st.integers(0, 2**32 - 1)),
+    )
+
+
+@given(streams())
+@settings(deadline=None)
+def test_what_is_packed_is_unpacked(stream):
+    data = pack(stream)
+    assert unpack(data) == stream
+    assert pack(unpack(data)) == data
+
+
+@given(st.binary(max_size=80), st.booleans())
+@settings(max_examples=500, deadline=None)
+def test_random_bytes_are_refused(data, sealed):
+    """With a CRC that fits, they may be a file, but then this very one."""
+    if sealed:
+        data = seal(b"MVC\x81" + data + bytes(8))
+    try:
+        stream = unpack(data)
+    except BitstreamError as error:
+        assert "\n" not in str(error)
+    else:
+        assert sealed
+        assert pack(stream) == data
+
+
+def test_kodak_picture_takes_at_most_40_bytes_beyond_its_strings():
+    assert len(pack(KODAK)) - len(KODAK.y) - len(KODAK.z) == 39
+    bare = dataclasses.replace(KODAK, guards=[])
+    assert len(pack(bare)) - len(bare.y) - len(bare.z) == 23
+
+
+def test_bytes_are_those_of_the_table_in_the_docstring():
+    data = pack(dataclasses.replace(KODAK, height=1, width=300, z=b"zz", y=b"yyy"))
+    body = (
+        b"MVC\x81\x01\x02\x03\x04" + b"\x01" + b"\xac\x02" + b"\x04"
+        b"\xf0\xa2\x04\x05" + b"\x90\xbf\x05\x3f" + b"\xe0\xc5\x08\x01" + b"\x9f\xd8\x0b\x28"
+        b"\x02zzyyy" + b"\xef\xbe\xad\xde"
+    )
+    assert data == body + struct.pack("<I", zlib.crc32(body))
+
+
+def test_every_flipped_bit_and_every_cut_is_refused():
+    data = pack(dataclasses.replace(KODAK, z=b"zz", y=b"yyy"))
+    for bit in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(BitstreamError):
+            unpack(bytes(damaged))
+    for length in range(len(data)):
+        with pytest.raises(BitstreamError):
+            unpack(data[:length])
+    with pytest.raises(BitstreamError):
+        unpack(data + b"\0")
+
+
+def header(height=b"\x01", width=b"\x01", guards=b"\x00", z=b"\x00", version=b"\x81"):
+    """A file with the given fields, a fitting CRC and two bytes of y."""
+    return seal(b"MVC" + version + bytes(4) + height + width + guards + z + b"yy" + bytes(8))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not an .mvc file"),
+        (b"\x89PNG\r\n\x1a\n", "not an .mvc file"),
+        (b"MVC\x81", "cut off"),
+        (header(version=b"\x82"), "version 2"),
+        (header(version=b"\x00"), "version 0"),
+        (header(height=b"\x00"), "1x0"),
+        (header(width=b"\x80\x80\x04"), "65536x1"),
+        (header(height=b"\xff\xff\x03", width=b"\xff\xff\x03"), "65535x65535"),
+        (header(height=b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01"), "five bytes"),
+        (header(height=b"\xff\xff\xff\xff\x7f"), "shortest"),
+        (header(height=b"\x81\x00"), "shortest"),
+        (header(guards=b"\xff\xff\xff\xff\x0f"), "4294967295 guard entries"),
+        (header(guards=b"\x02\x05\x01\x00\x01"), "do not rise"),
+        (header(guards=b"\x02\xff\xff\xff\xff\x0f\x01\x05\x01"), "do not rise"),
+        (header(z=b"\x7f"), "length of 127"),
+        (header(z=b"\xff\xff\xff\xff\x0f"), "length of 4294967295"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_hostile_header_is_refused_at_once(data, message):
+    with pytest.raises(BitstreamError, match=message):
+        unpack(data)
+
+
+def test_smallest_and_largest_pictures_are_accepted():
+    assert unpack(header()).height == 1
+    assert unpack(header(height=b"\x80\x40", width=b"\x80\x40")).width == 8192
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fingerprint": b"123"},
+        {"guards": [(5, 1), (5, 2)]},
+        {"guards": [(-1, 1)]},
+        {"guards": [(2**32, 1)]},
+        {"guards": [(1, 256)]},
+        {"guards": [(i, 1) for i in range(container.MAX_GUARDS + 1)]},
+        {"height": 0},
+        {"width": container.MAX_SIDE + 1},
+        {"height": 8193, "width": 8192},
+    ],
+    ids=" ".join,
+)
+def test_what_could_not_be_read_is_not_written(change):
+    with pytest.raises(ValueError, match=r"fingerprint|guard|pixels"):
+        pack(dataclasses.replace(KODAK, **change))
+
+
+@pytest.fixture(scope="module")
+def model():
+    sizes = {"N": 8, "M": 20, "depths": (1, 1, 1, 1), "Z": 8}
+    model = build_model("mambavc", **sizes, context_width=16, transform_width=16)
+    model.update()
+    return model
+
+
+def test_fingerprint_is_of_the_values_not_of_how_they_are_stored(model):
+    first = container.fingerprint(model)
+    assert len(first) == 4
+    half = copy.deepcopy(model).half().float()
+    stored_in_half = copy.deepcopy(half).half()
+    assert container.fingerprint(stored_in_half) == container.fingerprint(half) != first
+    assert container.fingerprint(copy.deepcopy(model).double()) == first
+    assert container.fingerprint(model.train()) == first
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "g_s.0.weight",
+        "h_scale_s.0.bias",
+        "lrp_transforms.4.4.weight",
+        "entropy_bottleneck.quantiles",
+        "entropy_bottleneck._quantized_cdf",
+        "gaussian_conditional._offset",
+        "gaussian_conditional.scale_table",
+    ],
+)
+def test_fingerprint_covers_all_that_decoding_depends_on(model, name):
+    other = copy.deepcopy(model)
+    state = other.state_dict()
+    state[name][(0,) * state[name].ndim] += 1
+    assert container.fingerprint(other) != container.fingerprint(model)
+
+
+def test_fingerprint_leaves_the_encoder_free(model):
+    """A better g_a writes files for the decoders that are out there."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.g_a[0].weight += 1
+        other.h_a[0].weight += 1
+    assert container.fingerprint(other) == container.fingerprint(model)
+
+
+def test_picture_of_another_model_is_refused_by_name():
+    data = pack(KODAK)
+    with pytest.raises(BitstreamError, match=r"made by model 01020304, this .* 000000ff"):
+        container.unpack_picture(data, b"\x00\x00\x00\xff")
+    arguments = container.unpack_picture(data, KODAK.fingerprint)
+    assert arguments == {
+        "strings": [[KODAK.y], [KODAK.z]],
+        "shape": (8, 12),
+        "size": (512, 768),
+        "guards": [KODAK.guards],
+        "crcs": [KODAK.crc],
+    }
+    assert container.pack_picture(arguments, KODAK.fingerprint, exact=True) == data

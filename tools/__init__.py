@@ -1,0 +1,1 @@
+"""Programs beside training and coding: benchmark, complexity, export, figures."""

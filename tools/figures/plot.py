@@ -1,0 +1,375 @@
+"""Rate-distortion curves and BD-rates of result files in CompressAI's format.
+
+::
+
+    python -m tools.figures.plot
+    python -m tools.figures.plot vtm-18.0 tcm-large --ours low.json,high.json --output rd.png
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import bjontegaard
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from scipy.interpolate import PchipInterpolator
+
+from tools.figures import style
+from utils import ArgumentParser, UsageError, atomic_write, check_output, ms_ssim_db, run_main
+
+PUBLISHED = Path(__file__).parents[2] / "results" / "published"
+DEFAULT_CURVES = ("mlic-plus-plus", "mambaic", "tcm-large", "elic", "cheng2020-anchor", "bpg")
+DEFAULT_OURS = ("mambavc",)
+DEFAULT_ANCHOR = "vtm"
+
+QUALITY = {"psnr": "PSNR [dB]", "ms-ssim": "MS-SSIM [dB]"}
+TIMES = {"encode-time": "encode_time", "decode-time": "decode_time"}
+PANELS = (*QUALITY, "saving", *TIMES)
+PANEL_WIDTH, PANEL_HEIGHT = 5.0, 4.0  # inches, with the names of the lines
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One codec's operating points, sorted by rate.
+
+    Attributes:
+        name: as drawn.
+        bpp: bits per pixel, rising.
+        quality: dB per point, for "psnr" and, where measured, "ms-ssim".
+        seconds: per picture, mean over the points, for "encode-time" and "decode-time".
+    """
+
+    name: str
+    bpp: np.ndarray
+    quality: dict[str, np.ndarray]
+    seconds: dict[str, float]
+
+
+def load_curve(source: str) -> Curve:
+    """Read a curve from result files.
+
+    Args:
+        source: path of a file, or its name among the published ones; several, with commas between
+            them, are joined to one curve (one file per rate, as eval.py writes them), which has
+            the name of the first and what all of them measured.
+
+    Raises:
+        UsageError: there is no such file, or it does not hold rate-distortion points.
+    """
+    names, tables = zip(*map(_load_points, source.split(",")), strict=True)
+    columns = set.intersection(*(set(table) for table in tables))
+    points = {key: np.concatenate([table[key] for table in tables]) for key in columns}
+    order = np.argsort(points["bpp"])
+    return Curve(
+        names[0],
+        points["bpp"][order],
+        {metric: points[metric][order] for metric in QUALITY if metric in columns},
+        {panel: float(points[key].mean()) for panel, key in TIMES.items() if key in columns},
+    )
+
+
+def _load_points(source: str) -> tuple[str, dict[str, np.ndarray]]:
+    """Name and columns of one file: bpp, the metrics in dB, and seconds where they are known."""
+    path = Path(source)
+    if not path.is_file():
+        path = PUBLISHED / f"{source}.json"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in PUBLISHED.glob("*.json")))
+        raise UsageError(f"{source} is neither a file nor one of the published curves: {known}")
+    try:
+        data = json.loads(path.read_text())
+        name, results = str(data["name"]), data["results"]
+        columns = {"bpp": results["bpp"], "psnr": results["psnr-rgb"]}
+        ms_ssim = results.get("ms-ssim-rgb") or [None]
+        if None not in ms_ssim:
+            columns["ms-ssim"] = [ms_ssim_db(value) for value in ms_ssim]
+        columns |= {key: results[key] for key in TIMES.values() if results.get(key)}
+        points = {key: np.array(values, dtype=float) for key, values in columns.items()}
+        sizes = {values.shape for values in points.values()}
+        if len(sizes) > 1 or not points["bpp"].size or points["bpp"].min() <= 0:
+            raise ValueError("lists of different lengths, no points, or a bpp of 0 or less")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path} does not hold rate-distortion points ({error!r}); expected "
+            '{"name": ..., "results": {"bpp": [...], "psnr-rgb": [...]}}'
+        ) from None
+    return name, points
+
+
+def bd_rate(anchor: Curve, curve: Curve, metric: str = "psnr", method: str = "pchip") -> float:
+    """Mean difference in rate at equal quality, in percent of the anchor's (negative: saved).
+
+    Taken over the interval of quality that both curves cover (Bjontegaard, VCEG-M33), with
+    piecewise interpolation of log rate over quality in dB (`method`: "pchip" or "akima"). A curve
+    of one point is compared at that quality, with PCHIP. NaN where a curve lacks the metric or
+    does not rise, where the anchor has fewer than two points, or where the two do not overlap.
+    """
+    if metric not in anchor.quality or metric not in curve.quality:
+        return math.nan
+    a, b = anchor.quality[metric], curve.quality[metric]
+    if not _rises(a) or not _rises(b) or _common(a, b) is None:
+        return math.nan
+    if len(b) == 1:
+        return 100 * float(curve.bpp[0] / _rate_at(anchor, b, metric)[0] - 1)
+    value = bjontegaard.bd_rate(
+        anchor.bpp, a, curve.bpp, b, method, require_matching_points=False, min_overlap=0
+    )
+    return float(value)
+
+
+def _rises(values: np.ndarray) -> bool:
+    return bool((np.diff(values) > 0).all())
+
+
+def _common(anchor: np.ndarray, curve: np.ndarray) -> list[float] | None:
+    """Ends of the interval of quality at which two curves are compared, if there is one.
+
+    They are equal for a curve of one point; an anchor has more.
+    """
+    low, high = max(anchor.min(), curve.min()), min(anchor.max(), curve.max())
+    comparable = low < high or (low == high and len(anchor) > len(curve) == 1)
+    return [float(low), float(high)] if comparable else None
+
+
+def bd_table(anchor: Curve, curves: Sequence[Curve], method: str = "pchip") -> list[dict]:
+    """BD-rates of all curves, best first by PSNR.
+
+    Returns:
+        Rows with ``name``, ``psnr`` and ``ms-ssim`` (percent or None) and ``psnr_interval``, the
+        dB that both curves cover (of equal ends for one point; None where they do not overlap).
+    """
+    rows = []
+    for curve in curves:
+        interval = _common(anchor.quality["psnr"], curve.quality["psnr"])
+        row: dict = {"name": curve.name, "psnr_interval": interval}
+        for metric in QUALITY:
+            value = bd_rate(anchor, curve, metric, method)
+            row[metric] = None if math.isnan(value) else value
+        rows.append(row)
+    return sorted(rows, key=lambda row: math.inf if row["psnr"] is None else row["psnr"])
+
+
+def format_table(rows: Sequence[dict], anchor: Curve, method: str) -> str:
+    """The rows of `bd_table` as a Markdown table."""
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:+.2f} %"
+
+    lines = [
+        f"BD-rate against {anchor.name} ({method})",
+        "",
+        "| codec | BD-rate, PSNR | over | BD-rate, MS-SSIM |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in rows:
+        interval = row["psnr_interval"]
+        if interval is None:
+            over = "no overlap"
+        elif interval[0] == interval[1]:
+            over = f"at {interval[0]:.2f} dB"
+        else:
+            over = f"{interval[0]:.1f} to {interval[1]:.1f} dB"
+        psnr, ms_ssim = percent(row["psnr"]), percent(row["ms-ssim"])
+        lines.append(f"| {row['name']} | {psnr} | {over} | {ms_ssim} |")
+    return "\n".join(lines)
+
+
+def _through(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """What interpolates points as a BD-rate does; through a single one, a constant."""
+    return PchipInterpolator(x, y) if len(x) > 1 else lambda at: np.full_like(at, y[0])
+
+
+def _rate_at(curve: Curve, quality: np.ndarray, metric: str = "psnr") -> np.ndarray:
+    """Bits per pixel that a curve needs for a quality in dB."""
+    return np.exp(_through(curve.quality[metric], np.log(curve.bpp))(quality))
+
+
+def _line(curve: Curve, panel: str, anchor: Curve, bpp: tuple[float, float], x: np.ndarray):
+    """Points (x, y) of a curve in a quality or saving panel, at rates to be shown."""
+    if panel == "saving":
+        rate = _rate_at(curve, x)
+        y = 100 * (1 - rate / _rate_at(anchor, x))
+    else:
+        rate = x
+        y = _through(curve.bpp, curve.quality[panel])(x)
+    shown = (rate >= bpp[0]) & (rate <= bpp[1])
+    return x[shown], y[shown]
+
+
+def _draw_line(
+    axes: Axes, curve: Curve, panel: str, anchor: Curve, bpp: tuple[float, float], colour: str
+) -> list[tuple[str, float, float, str]]:
+    """Draw one curve in a quality or saving panel; return what `style.label_lines` needs."""
+    points = curve.bpp
+    if panel == "saving":
+        points = curve.quality["psnr"]
+        covered = anchor.quality["psnr"]
+        points = points[(points >= covered.min()) & (points <= covered.max())]
+    if not len(points):
+        return []
+    ours = colour == style.ACCENT
+    look = {"color": colour, "zorder": 4 if ours else 3}
+    dense = np.linspace(points[0], points[-1], 300)
+    x, y = _line(curve, panel, anchor, bpp, dense)
+    axes.plot(x, y, linewidth=2.4 if ours else 1.3, **look)
+    axes.plot(*_line(curve, panel, anchor, bpp, points), "o", markersize=5 if ours else 3, **look)
+    if not len(x):
+        return []
+    if len(curve.bpp) == 1:
+        style.label_point(axes, curve.name, (x[0], y[0]), colour)
+        return []
+    return [(curve.name, x[-1], y[-1], colour)]
+
+
+def _draw_times(
+    axes: Axes, panel: str, curves: Sequence[tuple[str, Curve]], anchor: Curve, method: str
+) -> None:
+    """BD-rate over seconds per picture: towards the lower left is better."""
+    for colour, curve in curves:
+        point = (curve.seconds[panel], bd_rate(anchor, curve, "psnr", method))
+        axes.plot(*point, "o", color=colour, markersize=6)
+        style.label_point(axes, curve.name, point, colour)
+    axes.set_xscale("log")
+    axes.margins(0.25)
+    axes.set_xlabel(f"{panel.removesuffix('-time')} time [s per picture]")
+    axes.set_ylabel(f"BD-rate against {anchor.name} [%]")
+
+
+def _drawable(curve: Curve, panel: str, anchor: Curve) -> bool:
+    """Whether a curve has what a panel shows."""
+    if panel in TIMES:
+        return panel in curve.seconds and not math.isnan(bd_rate(anchor, curve))
+    if panel == "saving" and len(anchor.bpp) < 2:
+        return False
+    metric = "psnr" if panel == "saving" else panel
+    return metric in curve.quality and _rises(curve.bpp) and _rises(curve.quality[metric])
+
+
+def draw(
+    ours: Sequence[Curve],
+    others: Sequence[Curve],
+    anchor: Curve,
+    panels: Sequence[str],
+    output: Path,
+    *,
+    bpp: tuple[float, float] = (0.08, 0.95),
+    method: str = "pchip",
+    title: str = "",
+) -> None:
+    """Draw the panels side by side into a picture file.
+
+    Args:
+        ours: in the accent colour, on top.
+        others, anchor: in the other colours; the anchor is also what savings are relative to.
+        panels: of `PANELS`. "psnr" and "ms-ssim" are quality over bpp, "saving" is the rate saved
+            at equal PSNR, "encode-time" and "decode-time" are BD-rate over seconds.
+        bpp: rates to show.
+
+    Raises:
+        UsageError: no curve has what a panel shows.
+    """
+    palette = [style.OTHERS[i % len(style.OTHERS)] for i in range(len(others))]
+    curves = [
+        *zip(palette, others, strict=True),
+        (style.MUTED, anchor),
+        *((style.ACCENT, curve) for curve in ours),
+    ]
+    with plt.rc_context(style.RC):
+        width = PANEL_WIDTH * len(panels)
+        figure, row = plt.subplots(1, len(panels), figsize=(width, PANEL_HEIGHT), squeeze=False)
+        for i, (axes, panel) in enumerate(zip(row[0], panels, strict=True)):
+            # Fixed places, so that the names beside the axes have room.
+            x0 = (i * PANEL_WIDTH + 0.6) / width
+            axes.set_position([x0, 0.12, (PANEL_WIDTH - 0.6 - 1.35) / width, 0.78])
+            available = [pair for pair in curves if _drawable(pair[1], panel, anchor)]
+            if not available:
+                raise UsageError(f"no curve has the data of panel {panel}; leave the panel out")
+            if panel in TIMES:
+                _draw_times(axes, panel, available, anchor, method)
+                continue
+            if panel == "saving":
+                axes.set_xlabel("PSNR [dB]")
+                axes.set_ylabel(f"rate saved against {anchor.name} [%]")
+            else:
+                axes.set_xlabel("rate [bit per pixel]")
+                axes.set_ylabel(QUALITY[panel])
+                axes.set_xlim(*bpp)
+            ends = [
+                end
+                for colour, curve in available
+                for end in _draw_line(axes, curve, panel, anchor, bpp, colour)
+            ]
+            style.label_lines(axes, ends)
+        if title:
+            figure.text(0.6 / width, 0.95, title, color=style.INK, fontweight="bold")
+        style.save(figure, output)
+        plt.close(figure)
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="python -m tools.figures.plot",
+        description="Draw rate-distortion curves and print BD-rates of result JSON files. A curve "
+        "is the path of a file, the name of one in results/published, or several paths with commas "
+        "between them, which are joined.",
+    )
+    parser.add_argument("curves", nargs="*", default=list(DEFAULT_CURVES), metavar="CURVE")
+    parser.add_argument(
+        "--ours",
+        nargs="+",
+        default=list(DEFAULT_OURS),
+        metavar="CURVE",
+        help="drawn in the accent colour (default: %(default)s)",
+    )
+    parser.add_argument("--anchor", default=DEFAULT_ANCHOR, metavar="CURVE", help="of the BD-rates")
+    parser.add_argument(
+        "--panels",
+        nargs="+",
+        choices=PANELS,
+        default=["psnr", "ms-ssim"],
+        help="what to draw, from left to right (default: psnr ms-ssim)",
+    )
+    parser.add_argument("--bpp", nargs=2, type=float, default=(0.08, 0.95), metavar=("LOW", "HIGH"))
+    parser.add_argument("--method", choices=("pchip", "akima"), default="pchip")
+    parser.add_argument("--title", default="")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="picture (.png, .svg, .pdf)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the BD-rates here")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    if args.json is not None:
+        check_output(args.json)
+    if args.output is not None:
+        style.check_output(args.output)
+    anchor = load_curve(args.anchor)
+    others = [load_curve(source) for source in args.curves if source != args.anchor]
+    ours = [load_curve(source) for source in args.ours]
+    rows = bd_table(anchor, [*ours, *others], args.method)
+    print(format_table(rows, anchor, args.method))
+    if args.json is not None:
+        content = {"anchor": anchor.name, "method": args.method, "rows": rows}
+        with atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n")
+    if args.output is not None:
+        draw(
+            ours,
+            others,
+            anchor,
+            args.panels,
+            args.output,
+            bpp=tuple(args.bpp),
+            method=args.method,
+            title=args.title,
+        )
+
+
+if __name__ == "__main__":
+    run_main(main)

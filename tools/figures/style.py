@@ -1,0 +1,197 @@
+"""One look for all figures: colours that colour-blind readers tell apart, labels at the lines."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+import utils
+from utils import ArgumentParser, UsageError, atomic_write
+
+matplotlib.use("Agg")
+
+ACCENT = "#D55E00"  # ours; vermilion of Okabe and Ito's palette
+INK = "#222222"
+MUTED = "#767676"
+FAINT = "#D9D9D9"
+# Okabe and Ito's palette in an order that keeps neighbours far apart in lightness.
+OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#8C6D00", "#000000")
+
+RC = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 3.5,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+
+
+def spread(positions: Sequence[float], gap: float) -> list[float]:
+    """Move positions as little as possible so that neighbours are at least `gap` apart.
+
+    The order of the positions is kept. Positions that touch form a group, which stays centred on
+    the mean of where its members want to be.
+    """
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    groups: list[tuple[float, list[int]]] = []  # (centre, members)
+    for i in order:
+        centre, members = positions[i], [i]
+        while groups:
+            before, others = groups[-1]
+            if centre - before >= gap * (len(members) + len(others)) / 2:
+                break
+            groups.pop()
+            total = before * len(others) + centre * len(members)
+            members = others + members
+            centre = total / len(members)
+        groups.append((centre, members))
+    result = list(positions)
+    for centre, members in groups:
+        for rank, i in enumerate(members):
+            result[i] = centre + gap * (rank - (len(members) - 1) / 2)
+    return result
+
+
+def label_lines(
+    axes: Axes, ends: Sequence[tuple[str, float, float, str]], gap_points: float = 10.5
+) -> None:
+    """Write each line's name to the right of the axes, with a thin leader from the line's end.
+
+    Call it when the limits of the axes and the figure's layout are final.
+
+    Args:
+        axes: where the lines are.
+        ends: (name, x, y, colour) of each line's last point, in data coordinates.
+        gap_points: least distance between two names, in points.
+    """
+    if not ends:
+        return
+    axes.autoscale_view()  # the transforms do not see pending limits
+    to_axes = axes.transData + axes.transAxes.inverted()
+    points = [to_axes.transform((x, y)) for _, x, y, _ in ends]
+    height = axes.get_window_extent().height * 72 / axes.figure.dpi
+    heights = spread([y for _, y in points], gap_points / height)
+    for (name, _, _, colour), (x, y), label_y in zip(ends, points, heights, strict=True):
+        axes.annotate(
+            name,
+            xy=(x, y),
+            xycoords="axes fraction",
+            xytext=(1.035, label_y),
+            textcoords="axes fraction",
+            va="center",
+            color=colour,
+            fontsize=8.5,
+            fontweight="bold" if colour == ACCENT else "normal",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": colour,
+                "linewidth": 0.6,
+                "alpha": 0.6,
+                "relpos": (0, 0.5),
+                "shrinkA": 1,
+                "shrinkB": 2,
+            },
+        )
+
+
+def label_point(axes: Axes, name: str, point: tuple[float, float], colour: str) -> None:
+    """Write a name to the lower right of a point: rising curves leave that side free."""
+    axes.annotate(
+        name,
+        point,
+        xytext=(6, -10),
+        textcoords="offset points",
+        color=colour,
+        fontsize=8.5,
+        fontweight="bold" if colour == ACCENT else "normal",
+        path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        zorder=5,
+    )
+
+
+def check_output(path: Path) -> str:
+    """The picture format that a path's ending names, if a picture can be written there.
+
+    Raises:
+        UsageError: the folder does not exist or the ending is not a picture format.
+    """
+    kind = path.suffix.lstrip(".").lower()
+    known = Figure().canvas.get_supported_filetypes()
+    if kind not in known:
+        raise UsageError(f"cannot draw {path}: its ending must be one of {', '.join(known)}")
+    utils.check_output(path)
+    return kind
+
+
+def save(figure: Figure, path: Path, dpi: int = 200) -> None:
+    """Write a figure in the format that the path's ending names, or leave the old file.
+
+    Raises:
+        UsageError: see `check_output`.
+    """
+    kind = check_output(path)
+    # Dates and versions in the file would make every run differ.
+    metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format=kind, dpi=dpi, metadata=metadata.get(kind))
+
+
+def draw_file(
+    module: str,
+    script: str,
+    output: str,
+    check: Callable[[dict], object],
+    draw: Callable[[dict, Path], None],
+    argv: Sequence[str] | None,
+) -> None:
+    """Command line of a figure that is made from the JSON file of one script.
+
+    Args:
+        module: of this package.
+        script: that writes such files.
+        output: the picture, if the command names no other.
+        check: touches all that a content must have; KeyError and TypeError mean that it has not.
+        draw: from the content into a picture file.
+        argv: arguments without the program's name; None for the process's own.
+
+    Raises:
+        UsageError: the file is missing or holds something else.
+    """
+    parser = ArgumentParser(
+        prog=f"python -m tools.figures.{module}",
+        description=f"Draw a file that {script} wrote.",
+    )
+    parser.add_argument("file", type=Path)
+    parser.add_argument(
+        "--output", type=Path, default=Path(output), metavar="FILE", help=f"default: {output}"
+    )
+    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    try:
+        content = json.loads(args.file.read_text())
+        check(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{args.file} is not a file that {script} --json wrote ({error!r})"
+        ) from None
+    draw(content, args.output)

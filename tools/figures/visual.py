@@ -1,0 +1,171 @@
+"""One picture coded by the network, WebP and JPEG at the same rate, with an enlarged detail.
+
+::
+
+    python -m tools.figures.visual --checkpoint mambavc.pth.tar --image kodim04.png \\
+        --detail 220 150 128 --output pic/visual.png
+"""
+
+import argparse
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
+from PIL import Image
+
+import utils
+from models import checkpoint as checkpoint_file
+from models import container
+from tools.figures import style
+from tools.figures.scaling import NAMES
+from utils import ArgumentParser, UsageError
+
+QUALITIES = range(1, 96)  # above 95, JPEG grows without a gain
+FORMATS = {"WebP": {"format": "WEBP", "method": 6}, "JPEG": {"format": "JPEG", "optimize": True}}
+
+
+def encode_pillow(image: Image.Image, quality: int, **options) -> bytes:
+    """A picture in one of Pillow's formats, as bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, quality=quality, **options)
+    return buffer.getvalue()
+
+
+def at_size(image: Image.Image, num_bytes: int, **options) -> bytes:
+    """The best quality of a format that takes at most this many bytes, or else its smallest."""
+    low, high = QUALITIES.start, QUALITIES.stop - 1
+    best = encode_pillow(image, low, **options)
+    while low < high:
+        middle = (low + high + 1) // 2
+        data = encode_pillow(image, middle, **options)
+        if len(data) <= num_bytes:
+            low, best = middle, data
+        else:
+            high = middle - 1
+    return best
+
+
+@torch.inference_mode()
+def encode_network(model, image: Image.Image, device: torch.device) -> tuple[int, Image.Image]:
+    """Bytes of the network's stream for a picture, and what it decodes to."""
+    x = utils.to_tensor(image)[None].to(device)
+    fingerprint = container.fingerprint(model)
+    stream = container.pack_picture(model.compress(x), fingerprint)
+    decoded = model.decompress(**container.unpack_picture(stream, fingerprint))
+    return len(stream), utils.to_image(decoded["x_hat"][0])
+
+
+def compare(
+    model, name: str, image: Image.Image, device: torch.device
+) -> list[tuple[str, Image.Image]]:
+    """(caption, picture) of the original, of the network, and of each of `FORMATS` at its rate."""
+    pixels = image.width * image.height
+    original = utils.to_tensor(image)
+
+    def caption(name: str, num_bytes: int, decoded: Image.Image) -> str:
+        psnr = utils.psnr(original, utils.to_tensor(decoded))
+        return f"{name}\n{8 * num_bytes / pixels:.3f} bpp, {psnr:.2f} dB"
+
+    num_bytes, ours = encode_network(model, image, device)
+    rows = [("Original\n24 bpp", image), (caption(name, num_bytes, ours), ours)]
+    for name, options in FORMATS.items():
+        data = at_size(image, num_bytes, **options)
+        decoded = Image.open(io.BytesIO(data)).convert("RGB")
+        rows.append((caption(name, len(data), decoded), decoded))
+    return rows
+
+
+def draw(
+    rows: Sequence[tuple[str, Image.Image]], detail: tuple[int, int, int], output: Path
+) -> None:
+    """Draw pictures with captions into a file, below each the detail (left, top, side) enlarged."""
+    left, top, side = detail
+    width, height = rows[0][1].size
+    cell = 2.6
+    picture = cell * height / width
+    head, gap = 0.45, 0.06
+    total = (len(rows) * cell + (len(rows) - 1) * gap, head + picture + gap + cell)
+    with plt.rc_context(style.RC):
+        figure = plt.figure(figsize=total)
+
+        def show(image: Image.Image, x: float, y: float, shape: tuple[float, float], ours: bool):
+            axes = figure.add_axes(
+                (x / total[0], y / total[1], shape[0] / total[0], shape[1] / total[1])
+            )
+            axes.imshow(image, interpolation="nearest", aspect="auto")
+            axes.grid(False)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for spine in axes.spines.values():
+                spine.set(visible=ours, color=style.ACCENT, linewidth=2)
+            return axes
+
+        for i, (caption, image) in enumerate(rows):
+            x, ours = i * (cell + gap), i == 1
+            axes = show(image, x, cell + gap, (cell, picture), False)
+            axes.add_patch(
+                Rectangle((left, top), side, side, fill=False, edgecolor="white", linewidth=1)
+            )
+            show(image.crop((left, top, left + side, top + side)), x, 0, (cell, cell), ours)
+            figure.text(
+                (x + cell / 2) / total[0],
+                1 - 0.06 / total[1],
+                caption,
+                ha="center",
+                va="top",
+                fontsize=9,
+                linespacing=1.3,
+                color=style.ACCENT if ours else style.INK,
+                fontweight="bold" if ours else "normal",
+            )
+        style.save(figure, output, dpi=140)
+        plt.close(figure)
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = ArgumentParser(
+        prog="python -m tools.figures.visual",
+        description="Compare the network with WebP and JPEG on one picture at one rate.",
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--image", type=Path, required=True)
+    parser.add_argument(
+        "--detail",
+        nargs=3,
+        type=int,
+        metavar=("LEFT", "TOP", "SIDE"),
+        help="square to enlarge, in pixels (default: the centre, a quarter of the shorter side)",
+    )
+    parser.add_argument("--cuda", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path("pic/visual.png"), metavar="FILE")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    device = utils.select_device(args.cuda)
+    style.check_output(args.output)
+    image = utils.read_image(args.image)
+    side = max(1, min(image.size) // 4)
+    detail = args.detail or ((image.width - side) // 2, (image.height - side) // 2, side)
+    left, top, side = detail
+    if side < 1 or min(left, top) < 0 or left + side > image.width or top + side > image.height:
+        raise UsageError(
+            f"--detail {left} {top} {side} is not inside the picture of "
+            f"{image.width}x{image.height} pixels"
+        )
+    checkpoint = checkpoint_file.load_checkpoint(args.checkpoint)
+    model = checkpoint_file.build_from_checkpoint(checkpoint, args.checkpoint).to(device)
+    name = checkpoint.get("model", "mambavc")
+    rows = compare(model, NAMES.get(name, name), image, device)
+    for caption, _ in rows:
+        print(caption.replace("\n", ": "))
+    draw(rows, detail, args.output)
+
+
+if __name__ == "__main__":
+    utils.run_main(main)

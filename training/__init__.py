@@ -1,0 +1,1 @@
+"""Training runs: data, optimisers, processes, logs and state."""
