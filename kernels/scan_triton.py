@@ -30,6 +30,7 @@ from kernels.scan_triton_parts import (
     SIZES,
     SharedMemory,
     arange,
+    both,
     exp2,
     fetch_channels,
     fetch_rows,
@@ -196,14 +197,14 @@ def _carry_kernel(
         b_as = ()
         b_hs = ()
         for j in gl.static_range(AHEAD):
-            m_ahead = m_c & (i + j < num_chunks - 1)
+            m_ahead = both(m_c, i + j < num_chunks - 1)
             o_chunk = (first + sign * (i + j)).to(gl.int64)
             b_sum = gl.load(p_sums + o_chunk * DIM, mask=m_ahead, other=0.0)
             b_as = b_as + (exp2(b_A * b_sum),)
             p_next = p_states + (o_chunk + sign) * (DSTATE * DIM)
             b_hs = b_hs + (gl.load(p_next, mask=m_ahead, other=0.0),)
         for j in gl.static_range(AHEAD):
-            m_ahead = m_c & (i + j < num_chunks - 1)
+            m_ahead = both(m_c, i + j < num_chunks - 1)
             b_h = b_as[j] * b_h + b_hs[j]
             p_next = p_states + (first + sign * (i + j + 1)).to(gl.int64) * (DSTATE * DIM)
             gl.store(p_next, b_h, mask=m_ahead)
@@ -258,7 +259,7 @@ def _walk_chunk(
                 b_y += b_D * b_xs[t]
             else:
                 b_y += b_ys[t]
-            m_t = m_c & (i + t < count)
+            m_t = both(m_c, i + t < count)
             gl.store(p_y + o_pixels[t] * DIM, b_y.to(y.dtype.element_ty), mask=m_t)
         o_pixels = o_nexts
         b_xs = b_next_xs
