@@ -7,9 +7,10 @@ each thread owns four of them, 16 bytes in float32.
 Prefixes: `i_` program or loop index, `o_` offsets, `m_` mask, `p_` pointer, `b_` block value; two
 digits after a name are a tap's row and column. A condition that is one number enters a mask after
 `True &`: Triton 3.9's interpreter else takes it for an int32 when it spreads it over a block, and
-then refuses the mask (compiled code is the same). Sums over pixels are kept per program and added by
-`torch.sum`, so that they do not depend on the order in which programs run. No size below depends
-on the device.
+then refuses the mask (compiled code is the same).
+
+Sums over pixels are kept per program and added by `torch.sum`, so that they do not depend on the
+order in which programs run. No size below depends on the device.
 """
 
 import torch
@@ -219,12 +220,12 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor, transposed: bool) -> Tensor
     return out
 
 
-def depthwise_conv_silu_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def conv_silu_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """SiLU(depthwise conv(x) + bias) of contiguous x (batch, height, width, dim)."""
     return _launch(x, weight, bias, transposed=False)
 
 
-def depthwise_conv_silu_backward(
+def conv_silu_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; all inputs contiguous."""

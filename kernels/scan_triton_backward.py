@@ -496,13 +496,12 @@ def sweep_kernel(
                 b_dBC = _sum_over_channels(b_dB, b_dC, o_j, BY_SUM)  # (8, 4, REST)
                 is_inside = position - (STEPS - 1 - t) < end
                 o_pixel = o_pixels[STEPS - 1 - t]
+                m_t = both(m_c, is_inside)
                 if ENDS:
-                    gl.store(
-                        p_dx + o_pixel * DIM, b_dx.to(dx.dtype.element_ty), mask=both(m_c, is_inside)
-                    )
+                    gl.store(p_dx + o_pixel * DIM, b_dx.to(dx.dtype.element_ty), mask=m_t)
                 else:
-                    gl.store(p_dx_sum + o_pixel * DIM, b_dx, mask=both(m_c, is_inside))
-                gl.store(p_delta + o_pixel * DIM, b_ddelta, mask=both(m_c, is_inside))
+                    gl.store(p_dx_sum + o_pixel * DIM, b_dx, mask=m_t)
+                gl.store(p_delta + o_pixel * DIM, b_ddelta, mask=m_t)
                 gl.store(p_dBC + o_pixel * (2 * DSTATE) + o_sum, b_dBC, mask=both(m_sum, is_inside))
                 if t % FETCH == 0:
                     _store_tile(
