@@ -1,6 +1,6 @@
 """Hyperprior codec with a channel-wise autoregressive entropy model, whatever its transforms."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -183,20 +183,34 @@ class SliceHyperprior(CompressionModel):
         Raises:
             RuntimeError: it is not a state dict of this network.
         """
-        state_dict = _plain_keys(state_dict.get("state_dict", state_dict))
+        state_dict = state_dict.get("state_dict", state_dict)
+        model = cls(**{**cls.sizes_from_state_dict(state_dict), **kwargs})
+        model.load_state_dict(state_dict)
+        return model
+
+    @classmethod
+    def sizes_from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> dict:
+        """Constructor arguments that leave a trace in the shapes of a state dict.
+
+        Raises:
+            RuntimeError: it is not a state dict of this network.
+        """
+        state_dict = _plain_keys(state_dict)
         try:
-            config = cls.config_from_state_dict(state_dict)
+            sizes = cls.config_from_state_dict(state_dict)
         except (KeyError, IndexError, ZeroDivisionError) as error:
             raise RuntimeError(
                 f"this is not a state dict of {cls.__name__}: {error!r} is not among its "
                 f"{len(state_dict)} entries; give a checkpoint of this network"
             ) from None
-        model = cls(**{**config, **kwargs})
-        model.load_state_dict(state_dict)
-        return model
+        for key, value in state_dict.items():
+            # An expanded tensor can have any shape: a network of that size is not to be built.
+            if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+                raise RuntimeError(f"{key} has fewer values than its shape {tuple(value.shape)}")
+        return sizes
 
 
-def _plain_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def _plain_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without DataParallel's prefix, and with today's names of the bottleneck's parameters."""
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
     return remap_old_keys("entropy_bottleneck", state_dict)

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,7 +75,7 @@ class Coder:
     @functools.cached_property
     def fingerprint(self) -> bytes:
         """Four bytes that name the model: see the function `fingerprint`."""
-        return fingerprint(self.model)
+        return fingerprint(self.model.state_dict())
 
     @functools.cached_property
     def _exact_slices(self) -> SlicePredictor:
@@ -290,7 +290,7 @@ def _deterministic_arithmetic() -> Iterator[None]:
         yield
 
 
-def fingerprint(model: SliceHyperprior) -> bytes:
+def fingerprint(state_dict: Mapping[str, Tensor]) -> bytes:
     """Four bytes that differ between models that decode differently.
 
     The first bytes of the SHA-256 of all that decoding depends on: names, shapes and values of the
@@ -299,7 +299,7 @@ def fingerprint(model: SliceHyperprior) -> bytes:
     weights; a `Coder` computes it once.
     """
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state_dict.items()):
         made_tables = name.startswith(_ENTROPY_MODELS) and not name.endswith(_TABLES)
         if name.startswith(_ENCODER) or made_tables:
             continue

@@ -132,14 +132,24 @@ class LatentTables:
             the last entry has no upper one.
 
     Raises:
-        ValueError: a model has no CDF tables, or they are damaged.
+        ValueError: a model has no CDF tables, or they are damaged or not its own.
     """
 
     def __init__(self, bottleneck: Bottleneck, conditional: GaussianConditional):
         self.z = Tables.of(bottleneck)
         self.y = Tables.of(conditional)
         self.medians = bottleneck.medians().double()
-        self.boundaries = conditional.scale_table[:-1].double()
+        scales = conditional.scale_table.double()
+        rising = scales.ndim == 1 and len(scales) > 1 and bool((scales.diff() > 0).all())
+        if not (rising and scales[0] > 0 and scales[-1].isfinite()):
+            raise ValueError("the scale table is damaged: its scales should be positive and rise")
+        for tables, name, count in ((self.z, "z", bottleneck.channels), (self.y, "y", len(scales))):
+            if len(tables.offsets) != count:
+                raise ValueError(
+                    f"there are {len(tables.offsets)} CDF tables of {name}, expected {count}; "
+                    "build the tables again with update(force=True)"
+                )
+        self.boundaries = scales[:-1]
 
 
 def _check(symbols: Tensor, prediction: Tensor) -> None:
