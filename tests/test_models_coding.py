@@ -50,7 +50,7 @@ def test_file_decodes_to_the_estimated_picture(model, exact, size):
 @EXACT
 @pytest.mark.parametrize("shape", [(1, 64, 64), (2, 1, 1), (3, 65, 130)], ids=str)
 @torch.no_grad()
-def test_latents_come_back_bit_for_bit(model, shape, exact, monkeypatch):
+def test_latents_come_back_bit_for_bit(model, shape, exact):
     """y_hat as the encoder sees it, slice by slice, is what the decoder returns."""
     seen = []
 
@@ -67,6 +67,7 @@ def test_latents_come_back_bit_for_bit(model, shape, exact, monkeypatch):
     encoder_side, decoder_side = seen
     assert encoder_side.abs().max() > 3, "the test needs symbols other than zero"
     assert torch.equal(encoder_side, decoder_side)
+    assert encoder_side.dtype == (torch.float64 if exact else torch.float32)
     assert torch.equal(decoded["y_hat"], decoder_side.float())
     assert decoded["x_hat"].shape == (batch, 3, height, width)
     assert decoded["x_hat"].min() >= 0
