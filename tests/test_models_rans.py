@@ -190,7 +190,15 @@ def test_model_without_tables_is_refused():
         lambda cdfs, lengths, offsets: lengths[1].fill_(-1),
         lambda cdfs, lengths, offsets: offsets[1].fill_(2**30),
     ],
-    ids=["empty", "flat", "negative", "rises over 2**31", "too long", "negative length", "huge offset"],
+    ids=[
+        "empty",
+        "flat",
+        "negative",
+        "rises over 2**31",
+        "too long",
+        "negative length",
+        "huge offset",
+    ],
 )
 def test_damaged_tables_are_refused(conditional, change):
     model = copy.deepcopy(conditional)
