@@ -3,10 +3,10 @@
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from compressai.layers import AttentionBlock, conv1x1
 from einops import rearrange
 from torch import Tensor
 
+from .compressai import AttentionBlock, conv1x1
 from .drop_path import DropPath
 
 __all__ = ["SwinAttentionBlock", "SwinBlock", "WindowAttention"]
