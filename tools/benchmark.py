@@ -398,11 +398,10 @@ def bench_codec(bench: Bench, backend: str) -> None:
     cuda = bench.device.type == "cuda"
     x = picture(512, 768, bench.device)
     for graphed, exact in itertools.product((False, True) if cuda else (False,), (True, False)):
-        if graphed:
-            model.run_stage = Replay()
+        coder = models.Coder(model, exact=exact, graphs=graphed)
         mode = ("exact" if exact else "fast") + (" graph" if graphed else "")
-        encode = functools.partial(model.compress, x, exact=exact)
-        decode = functools.partial(model.decompress, **encode(), exact=exact)
+        encode = functools.partial(coder.compress, x)
+        decode = functools.partial(coder.decompress, **encode())
         bench.run("codec", f"compress 512x768 {mode}", backend, encode)
         bench.run("codec", f"decompress 512x768 {mode}", backend, decode)
     if alone and not cuda:  # else it is that of an earlier group

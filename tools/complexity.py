@@ -12,6 +12,7 @@ They are counted on shapes alone, so a 4K picture needs neither memory nor a GPU
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -32,7 +33,6 @@ from kernels.graphs import Replay
 from kernels.scan_operator import scan_flops, scan_macs
 from layers import SS2D, WindowAttention, swin
 from models import checkpoint as checkpoint_file
-from models.entropy import call
 from tools.figures import scaling, style
 from utils import ArgumentParser, UsageError
 
@@ -158,17 +158,16 @@ def _counts(modules: Sequence[nn.Module]) -> dict[str, int]:
 
 
 def operation(
-    model: models.SliceHyperprior, name: str, x: Tensor, run_stage: Callable = call
+    model: models.SliceHyperprior, name: str, x: Tensor, graphs: bool = False
 ) -> Callable[[], object]:
     """A function that does one operation on pictures x: what `measure` runs.
 
     ``encode`` is `compress`, ``decode`` is `decompress` of what `compress` made of x (the
     network and the entropy coder), ``forward`` is the estimate without a gradient, ``step`` is
-    forward and backward in training mode, without an optimiser. All but the last go through
-    ``run_stage``.
+    forward and backward in training mode, without an optimiser. With ``graphs`` all but
+    the last are replayed from CUDA graphs.
     """
     model.train(name == "step")
-    model.run_stage = run_stage
     if name == "step":
 
         def step() -> None:
@@ -178,12 +177,15 @@ def operation(
             (rate / x[:, 0].numel() + 0.01 * 255**2 * (out["x_hat"] - x).square().mean()).backward()
 
         return step
+    if name == "forward":
+        return torch.no_grad()(
+            functools.partial(Replay(), model, x) if graphs else lambda: model(x)
+        )
+    coder = models.Coder(model, graphs=graphs)
     if name == "encode":
-        return lambda: model.compress(x)
-    if name == "decode":
-        coded = model.compress(x)
-        return lambda: model.decompress(**coded)
-    return torch.no_grad()(lambda: run_stage(model, x))
+        return lambda: coder.compress(x)
+    coded = coder.compress(x)
+    return lambda: coder.decompress(**coded)
 
 
 def measure(run: Callable[[], object], device: torch.device, repeats: int) -> dict:
@@ -248,7 +250,7 @@ def measure_all(
     for name in names:
         replayed = cuda_graph and name != "step"
         try:
-            run = operation(model, name, x, Replay() if replayed else call)
+            run = operation(model, name, x, replayed)
             if replayed:
                 run()  # what `measure` warms up with is then the capture
             results[name] = measure(run, device, repeats)
@@ -257,7 +259,6 @@ def measure_all(
         except torch.OutOfMemoryError:
             results[name] = None
         run = None  # lets go of its graphs
-        model.run_stage = call
         model.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -17,8 +17,8 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 import utils
+from models import Coder
 from models import checkpoint as checkpoint_file
-from models import container
 from tools.figures import style
 from tools.figures.scaling import NAMES
 from utils import ArgumentParser, UsageError
@@ -52,10 +52,9 @@ def at_size(image: Image.Image, num_bytes: int, **options) -> bytes:
 def encode_network(model, image: Image.Image, device: torch.device) -> tuple[int, Image.Image]:
     """Bytes of the network's stream for a picture, and what it decodes to."""
     x = utils.to_tensor(image)[None].to(device)
-    fingerprint = container.fingerprint(model)
-    stream = container.pack_picture(model.compress(x), fingerprint)
-    decoded = model.decompress(**container.unpack_picture(stream, fingerprint))
-    return len(stream), utils.to_image(decoded["x_hat"][0])
+    coder = Coder(model)
+    stream = coder.encode(x)
+    return len(stream), utils.to_image(coder.decode(stream)[0])
 
 
 def compare(
