@@ -28,6 +28,7 @@ from tqdm import tqdm
 import utils
 from models import container
 from models.checkpoint import find_checkpoint
+from models.memory import check_memory
 from utils import DataError, UsageError, data_errors
 
 if TYPE_CHECKING:
@@ -207,13 +208,14 @@ def encode_file(load: Callable[[], Coder], job: Job, verify: bool) -> str:
 
     def check_size(height: int, width: int) -> None:
         container.check_size(height, width)
-        load().check_memory(height, width)
+        check_memory(load().model, height, width)
 
     source = io.BytesIO(read_bytes(job, MAX_PICTURE_BYTES))
     image = utils.read_image(source, name=job.name, check_size=check_size, report=warn)
     coder = load()
     with data_errors(job.name):
-        data = coder.encode(utils.to_tensor(image)[None].to(coder.device))
+        x = utils.to_tensor(image)[None].to(next(coder.model.parameters()).device)
+        data = coder.encode(x)
         if verify:
             coder.decode(data)
     write_bytes(data, job.target)
@@ -225,7 +227,7 @@ def decode_file(load: Callable[[], Coder], job: Job) -> str:
     data = read_bytes(job, container.MAX_BYTES)
     with data_errors(job.name):
         stream = container.unpack(data)
-        load().check_memory(stream.height, stream.width)
+        check_memory(load().model, stream.height, stream.width)
         image = utils.to_image(load().decode(stream)[0])
     write_bytes(save_picture(image, job.target), job.target)
     return describe_size(image.width, image.height, len(data))
@@ -337,7 +339,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         device = utils.select_device(args.cuda)
         exact = args.command == "decode" or not args.fast_entropy
-        return Coder(load_model(checkpoint, device), exact=exact)
+        model = load_model(checkpoint, device)
+        with data_errors(checkpoint):  # whose tables may be damaged
+            return Coder(model, exact=exact)
 
     def work(job: Job) -> str:
         if args.command == "encode":

@@ -1,17 +1,21 @@
-"""Checkpoints: files of weights, found by path or by name, and the networks they hold."""
+"""Checkpoints: files of weights, found by path or by name, and the networks they hold.
+
+PyTorch is imported where a checkpoint is read, not where one is found: a misspelt name is told at
+once.
+"""
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
-
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING
 
 from utils import UsageError, atomic_write
 
-from ._registry import build_model
-from .base import SliceHyperprior
-from .mambavc import MambaVC
+if TYPE_CHECKING:
+    import torch
+
+    from .base import SliceHyperprior
 
 CHECKPOINT_FOLDER = Path(__file__).parent.parent / "checkpoints"
 
@@ -42,6 +46,8 @@ def load_checkpoint(name: Path | str) -> dict:
     Raises:
         UsageError: there is no such file, or it is not a checkpoint.
     """
+    import torch
+
     path = find_checkpoint(name)
     try:
         if path.suffix == ".safetensors":
@@ -58,6 +64,8 @@ def load_checkpoint(name: Path | str) -> dict:
 
 
 def _load_weights(path: Path) -> dict:
+    from safetensors import safe_open
+
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
@@ -72,6 +80,8 @@ def save_weights(checkpoint: dict, path: Path) -> None:
     Weights are rounded to half precision. The entropy models, which are small, are kept as they
     are: their tables were built from them.
     """
+    from safetensors.torch import save_file
+
     exact = ("entropy_bottleneck.", "gaussian_conditional.")
     state_dict = {
         key: value.half() if value.is_floating_point() and not key.startswith(exact) else value
@@ -93,6 +103,9 @@ def build_from_checkpoint(checkpoint: dict, source: object) -> SliceHyperprior:
     Raises:
         UsageError: the weights do not fit a model we know.
     """
+    from ._registry import build_model
+    from .mambavc import MambaVC
+
     try:
         if "model_args" in checkpoint:
             model = build_model(checkpoint["model"], **checkpoint["model_args"])
