@@ -13,9 +13,9 @@ from utils import DataError
 if TYPE_CHECKING:
     from .base import SliceHyperprior
 
-# Most that encoding and decoding took on a CPU for each pixel and unit of N, measured for N = 64
-# and 128 at 512x768: the transforms' maps at half and quarter resolution, whose width is N's.
-BYTES_PER_PIXEL_AND_N = {"MambaVC": 22, "SwinVC": 23, "ConvVC": 11}
+# Most that encoding and decoding took on a CPU for each pixel and unit of N, measured at 512x768
+# for N = 128 (MambaVC also for 64): the transforms' maps, whose widths are multiples of N.
+BYTES_PER_PIXEL_AND_N = {"MambaVC": 22, "SwinVC": 29, "ConvVC": 10}
 
 
 def check_memory(model: SliceHyperprior, height: int, width: int) -> None:
