@@ -156,8 +156,9 @@ def test_originals_are_never_overwritten(place, pictures, tmp_path, monkeypatch,
     shutil.copytree(pictures / "test", data)
     link.symlink_to("test")
     other.mkdir()
+    (data / "a.png").rename(data / "a.bmp")
     (data / "b.png").rename(other / "b.png")
-    (data / "b.png").symlink_to(other / "b.png")
+    (data / "b.bmp").symlink_to(other / "b.png")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     folder = place.format(data=tmp_path, link=link, other=other)
     argv = ["--data", tmp_path, "--checkpoint", CHECKPOINT, "--save-images", folder]
