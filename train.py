@@ -6,10 +6,8 @@ One for each GPU:    torchrun --nproc_per_node=G train.py --cuda -d ROOT ...
 
 import argparse
 import logging
-import math
 import signal
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -20,26 +18,9 @@ import utils
 from models import checkpoint as checkpoint_file
 from training.distributed import Processes
 from training.engine import Trainer, checkpoint_path
-from utils import positive_int
+from utils import number, positive_int
 
 logger = logging.getLogger("mambavc")
-
-
-def number(
-    kind: type, least: float, below: float = math.inf, exclusive: bool = False
-) -> Callable[[str], float]:
-    """argparse type: an int or float of this range, which an ``exclusive`` least is not part of."""
-
-    def parse(text: str) -> float:
-        with suppress(ValueError):
-            value = kind(text)
-            if least <= value < below and not (exclusive and value == least):
-                return value
-        limit = f"{'above' if exclusive else 'at least'} {least}"
-        limit += f" and below {below}" if below < math.inf else ""
-        raise argparse.ArgumentTypeError(f"expected {kind.__name__}, {limit}, got {text!r}")
-
-    return parse
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

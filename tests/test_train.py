@@ -490,9 +490,9 @@ def test_best_checkpoint_survives_a_disk_that_was_full_for_the_latest(flags, tmp
     ("options", "message"),
     [
         (["--batch-size", "0"], "expected an integer of at least 1, got '0'"),
-        (["--lambda", "x"], "expected float, above 0, got 'x'"),
-        (["--lambda", "0"], "expected float, above 0, got '0'"),
-        (["--seed", "4294967296"], "expected int, at least 0 and below 4294967296"),
+        (["--lambda", "x"], "expected a number above 0, got 'x'"),
+        (["--lambda", "0"], "expected a number above 0, got '0'"),
+        (["--seed", "4294967296"], "expected an integer of at least 0 and below 4294967296"),
         (["--cuda", "--cuda-graph", "--grad-checkpoint"], "neither with --grad-checkpoint"),
         (["--ema", "1"], "below 1, got '1'"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),

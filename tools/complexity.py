@@ -18,7 +18,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
@@ -341,7 +340,7 @@ def format_measures(rows: Sequence[dict]) -> str:
     return "\n".join(lines)
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(
         description="Count a network's parameters and operations, and measure its latency and "
         "memory on this machine."
@@ -391,7 +390,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
     utils.setup_logging()
     device = utils.select_device(args.cuda)
     sizes = SWEEP if args.sweep else [tuple(args.size or (512, 768))]

@@ -8,7 +8,6 @@
 # ruff: noqa: RUF001 (the labels hold multiplication signs and Greek letters)
 
 import inspect
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -303,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m tools.figures.architecture", description="Draw the diagram of the network."
     )
     parser.add_argument("--output", type=Path, default=Path("pic/architecture.png"), metavar="FILE")
-    draw(parser.parse_args(sys.argv[1:] if argv is None else argv).output)
+    draw(parser.parse_args(argv).output)
 
 
 if __name__ == "__main__":

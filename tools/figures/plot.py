@@ -9,7 +9,6 @@
 import argparse
 import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -312,7 +311,7 @@ def draw(
         plt.close(figure)
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="python -m tools.figures.plot",
         description="Draw rate-distortion curves and print BD-rates of result JSON files. A curve "
@@ -344,7 +343,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
     if args.json is not None:
         check_output(args.json)
     if args.output is not None:

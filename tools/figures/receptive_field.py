@@ -11,7 +11,6 @@ colours and averaged over pictures (Luo et al., arXiv:1701.04128).
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from zipfile import BadZipFile
@@ -139,7 +138,7 @@ def draw(fields: dict[str, np.ndarray], output: Path) -> None:
         plt.close(figure)
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="python -m tools.figures.receptive_field",
         description="Draw the effective receptive fields of trained networks.",
@@ -195,7 +194,7 @@ def measure(args: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
     fields = load(args.inputs[0]) if args.data is None else measure(args)
     for name, values in fields.items():
         held = ", ".join(f"{share:.0%} within {side} px" for share, side in sides(values).items())

@@ -1,7 +1,6 @@
 """One look for all figures: colours that colour-blind readers tell apart, labels at the lines."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -186,7 +185,7 @@ def draw_file(
     parser.add_argument(
         "--output", type=Path, default=Path(output), metavar="FILE", help=f"default: {output}"
     )
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
+    args = parser.parse_args(argv)
     try:
         content = json.loads(args.file.read_text())
         check(content)

@@ -8,7 +8,6 @@
 
 import argparse
 import io
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -125,7 +124,7 @@ def draw(
         plt.close(figure)
 
 
-def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(
         prog="python -m tools.figures.visual",
         description="Compare the network with WebP and JPEG on one picture at one rate.",
@@ -145,7 +144,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+    args = parse_args(argv)
     device = utils.select_device(args.cuda)
     style.check_output(args.output)
     image = utils.read_image(args.image)
