@@ -93,7 +93,9 @@ def _load_points(source: str) -> tuple[str, dict[str, np.ndarray]]:
         if None not in ms_ssim:
             columns["ms-ssim"] = [ms_ssim_db(value) for value in ms_ssim]
         for panel, keys in TIMES.items():
-            columns |= {panel: results[key] for key in keys if results.get(key)}
+            for key in keys:
+                if results.get(key):
+                    columns[panel] = results[key]
         points = {key: np.array(values, dtype=float) for key, values in columns.items()}
         sizes = {values.shape for values in points.values()}
         if len(sizes) > 1 or not points["bpp"].size or points["bpp"].min() <= 0:
