@@ -1,12 +1,22 @@
 PYTHON ?= python3
+# The versions that were tested, or with LATEST=1 the newest that requirements.txt admits.
+LATEST ?= 0
+ifeq ($(LATEST),1)
+VENV := .venv-latest
+PACKAGES := requirements-dev.txt
+INSTALL := -r requirements-dev.txt
+else
 VENV := .venv
+PACKAGES := requirements.lock
+INSTALL := --require-hashes -r requirements.lock
+endif
 BIN := $(VENV)/bin
 
 # OpenMP's threads else spin while they wait, which on a machine in use by others costs most of the time.
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint lock bench clean
 
 help: ## Print this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -32,11 +42,14 @@ lint: $(VENV)/.installed ## Check style
 bench: $(VENV)/.installed ## Time the kernels and the network on this machine
 	$(BIN)/python -m tools.benchmark
 
-clean: ## Remove what the other targets made
-	rm -rf $(VENV) out
+lock: ## Write requirements.lock anew, with the newest versions (needs uv)
+	uv pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes \
+		requirements-dev.txt --output-file requirements.lock
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt
+clean: ## Remove what the other targets made
+	rm -rf .venv .venv-latest out
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt $(PACKAGES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -U pip
-	$(BIN)/pip install -q -r requirements-dev.txt
+	$(BIN)/pip install -q $(INSTALL)
 	touch $@
