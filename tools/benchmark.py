@@ -25,7 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from compressai.losses import RateDistortionLoss
 from torch import Tensor
 
 import kernels
@@ -33,6 +32,7 @@ import models
 import utils
 from kernels.graphs import Replay
 from layers import SS2D
+from layers.compressai import RateDistortionLoss
 from tools import networks
 from train import Step
 from training.distributed import Processes
