@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 import utils
-from models import SliceHyperprior, container
+from models import Coder, SliceHyperprior, container
 from models import checkpoint as checkpoint_file
 from utils import DataError, UsageError
 
@@ -209,12 +209,14 @@ class Codec:
         self.device = device
 
     @functools.cached_property
-    def model(self) -> SliceHyperprior:
-        return self.load()
+    def coders(self) -> dict[bool, Coder]:
+        """One that codes exactly and one that does not, of one model."""
+        model = self.load()
+        return {exact: Coder(model, exact=exact) for exact in (True, False)}
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> bytes:
-        return container.fingerprint(self.model)
+        return self.coders[True].fingerprint
 
     @torch.inference_mode()
     def encode(self, image: Image.Image, exact: bool) -> bytes:
@@ -225,8 +227,7 @@ class Codec:
         """
         container.check_size(image.height, image.width)
         x = utils.to_tensor(image)[None].to(self.device)
-        compressed = self.model.compress(x, exact=exact)
-        return container.pack_picture(compressed, self.fingerprint, exact)
+        return self.coders[exact].encode(x)
 
     @torch.inference_mode()
     def decode(self, data: bytes) -> Image.Image:
@@ -236,9 +237,7 @@ class Codec:
             BitstreamError: it cannot be decoded to the right picture.
         """
         stream = container.unpack(data)
-        arguments = container.unpack_picture(stream, self.fingerprint)
-        x_hat = self.model.decompress(**arguments, exact=stream.exact)["x_hat"]
-        return utils.to_image(x_hat[0])
+        return utils.to_image(self.coders[stream.exact].decode(stream)[0])
 
 
 def encode_file(codec: Codec, job: Job, exact: bool, verify: bool) -> str:

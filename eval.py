@@ -12,15 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import utils
-from kernels.graphs import Replay
-from models import SliceHyperprior, container
+from models import Coder
 from models import checkpoint as checkpoint_file
+from models.coding import MAX_GRAPHED_SIZES
 from utils import UsageError
 
 logger = logging.getLogger("mambavc")
 
 MAX_PSNR_GAP = 0.01  # dB between the decoded stream and the estimate's reconstruction
-MAX_GRAPHED_SIZES = 8  # whose CUDA graphs are kept
 MAX_RATE_EXCESS = 0.02  # of real over estimated rate, before it is worth a warning
 
 
@@ -58,9 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 @torch.inference_mode()
-def evaluate_image(
-    model: SliceHyperprior, fingerprint: bytes, x: Tensor, estimate: bool, exact: bool
-) -> tuple[dict, Tensor]:
+def evaluate_image(coder: Coder, x: Tensor, estimate: bool) -> tuple[dict, Tensor]:
     """Measure one picture (1, 3, height, width); return its row and the reconstruction.
 
     The row's keys are those of the results JSON; see `README.md` for the conventions.
@@ -70,7 +67,7 @@ def evaluate_image(
     """
     height, width = x.shape[-2:]
     start = utils.clock(x.device)
-    output = model(x)
+    output = coder.model(x)
     forward_time = utils.clock(x.device) - start
     estimated_bpp = utils.estimated_bpp(output["likelihoods"], height * width)
     x_hat = output["x_hat"].clamp(0, 1)
@@ -79,11 +76,9 @@ def evaluate_image(
         row |= {"bpp": estimated_bpp, "forward_time": forward_time}
     else:
         start = utils.clock(x.device)
-        stream = container.pack_picture(model.compress(x, exact=exact), fingerprint, exact)
+        stream = coder.encode(x)
         encoded = utils.clock(x.device)
-        x_hat_real = model.decompress(**container.unpack_picture(stream, fingerprint), exact=exact)[
-            "x_hat"
-        ]
+        x_hat_real = coder.decode(stream)
         decoded = utils.clock(x.device)
         gap = 0.0
         if not torch.equal(utils.to_uint8(x_hat_real), utils.to_uint8(x_hat)):
@@ -142,10 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         utils.make_folder(args.save_images)
     model = checkpoint_file.load_model(args.checkpoint, device)
-    if args.cuda_graph:
-        model.run_stage = Replay()
-    fingerprint = container.fingerprint(model)
-    exact = not args.fast_entropy
+    coder = Coder(model, exact=not args.fast_entropy, graphs=args.cuda_graph)
 
     rows = []
     warm: set[torch.Size] = set()
@@ -155,12 +147,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             # Compilation, caches and, for each size, the capture of graphs stay out of the times.
             if not warm or (args.cuda_graph and x.shape not in warm):
                 if len(warm) == MAX_GRAPHED_SIZES:
-                    model.run_stage.forget()
                     warm.clear()
                 for _ in range(2 if args.cuda_graph else 1):
-                    evaluate_image(model, fingerprint, x, args.estimate, exact)
+                    evaluate_image(coder, x, args.estimate)
                 warm.add(x.shape)
-            row, x_hat = evaluate_image(model, fingerprint, x, args.estimate, exact)
+            row, x_hat = evaluate_image(coder, x, args.estimate)
         except utils.DataError as error:
             raise utils.DataError(f"{file}: {error}") from None
         rows.append({"name": file.name, **row})

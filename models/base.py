@@ -1,9 +1,6 @@
 """Hyperprior codec with a channel-wise autoregressive entropy model, whatever its transforms."""
 
-import copy
-import operator
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,23 +9,13 @@ from compressai.models.utils import remap_old_keys
 from compressai.ops import quantize_ste
 from torch import Tensor
 
-from .entropy import (
-    BitstreamError,
-    LatentDecoder,
-    LatentEncoder,
-    SlicePredictor,
-    call,
-    deterministic_arithmetic,
-    multiply_convolutions,
-)
+from .coding import Coder
+from .entropy import SlicePredictor
 
 __all__ = ["SliceHyperprior"]
 
 # Buffers whose size depends on training, not on the architecture.
 _TABLES = ("_quantized_cdf", "_cdf_length", "_offset", "scale_table")
-
-# The modules and device of each model's entropy path, its float64 copy and the copy's values.
-_exact_slices: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class SliceHyperprior(CompressionModel):
@@ -36,14 +23,9 @@ class SliceHyperprior(CompressionModel):
 
     A subclass sets the transforms ``g_a``, ``g_s``, ``h_a``, the parts of `SlicePredictor`,
     ``entropy_bottleneck``, ``gaussian_conditional`` and ``config`` (its constructor arguments).
-
-    Attributes:
-        run_stage: how `compress` and `decompress` run their stages; `graphs.Replay` is faster for
-            many pictures of one size on a GPU.
     """
 
     config: dict
-    run_stage: Callable = staticmethod(call)
 
     @property
     def downsampling_factor(self) -> int:
@@ -64,7 +46,7 @@ class SliceHyperprior(CompressionModel):
             self.config["max_support_slices"],
         )
 
-    def _pad(self, x: Tensor) -> Tensor:
+    def pad(self, x: Tensor) -> Tensor:
         """Repeat the last row and column up to the next multiple of the downsampling factor."""
         factor = self.downsampling_factor
         height, width = x.shape[-2:]
@@ -82,18 +64,18 @@ class SliceHyperprior(CompressionModel):
             ``z`` (batch, Z, h/64, w/64), float32, of the picture padded to multiples of 64.
         """
         height, width = x.shape[-2:]
-        y = self.g_a(self._pad(x))
+        y = self.g_a(self.pad(x))
         z = self.h_a(y)
 
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             _, z_likelihoods = self.entropy_bottleneck(z)
-            medians = self._medians()
+            medians = self.entropy_bottleneck.medians()
             z_hat = quantize_ste(z - medians) + medians
 
         y_likelihoods: list[Tensor] = []
 
-        def code_slice(i: int, mu: Tensor, scale: Tensor) -> Tensor:
+        def round_slice(i: int, mu: Tensor, scale: Tensor) -> Tensor:
             with torch.autocast(y.device.type, enabled=False):
                 channels = mu.shape[1]
                 y_slice = y[:, i * channels : (i + 1) * channels].float()
@@ -102,37 +84,12 @@ class SliceHyperprior(CompressionModel):
                 y_likelihoods.append(likelihood)
                 return quantize_ste(y_slice - mu) + mu
 
-        y_hat = self.slices(z_hat, code_slice)
+        y_hat = self.slices(z_hat, round_slice)
         return {
             "x_hat": self.g_s(y_hat)[..., :height, :width],
             "likelihoods": {"y": torch.cat(y_likelihoods, dim=1), "z": z_likelihoods},
         }
 
-    def _medians(self) -> Tensor:
-        """Medians of the bottleneck's channels: (1, Z, 1, 1)."""
-        return self.entropy_bottleneck.quantiles[:, 0, 1].detach().reshape(1, -1, 1, 1)
-
-    def _coding_slices(self, exact: bool) -> SlicePredictor:
-        """The entropy path in the arithmetic of a stream: a float64 copy, or the layers as is."""
-        if not exact:
-            return self.slices
-        slices = self.slices
-        modules, device = list(slices.modules())[1:], self.entropy_bottleneck.quantiles.device
-        known, known_device, exact_slices, values = _exact_slices.get(self, ([], None, None, None))
-        if device != known_device or not (
-            len(known) == len(modules) and all(map(operator.is_, known, modules))
-        ):
-            # Tensors made in inference mode could not be written to outside of it.
-            with torch.inference_mode(False), torch.no_grad():
-                exact_slices = copy.deepcopy(slices).double()
-                multiply_convolutions(exact_slices)
-                values = _join(_tensors(list(exact_slices.modules())[1:]))
-            _exact_slices[self] = modules, device, exact_slices, values
-        # Copying the modules takes ten times as long as copying the values, which may have changed.
-        values.copy_(torch.cat([tensor.flatten() for tensor in _tensors(modules)]))
-        return exact_slices
-
-    @torch.no_grad()
     def compress(self, x: Tensor, *, exact: bool = True) -> dict:
         """Encode pictures to bytes.
 
@@ -149,22 +106,8 @@ class SliceHyperprior(CompressionModel):
         Raises:
             ValueError: the model is in training mode or has no CDF tables.
         """
-        self._check_eval()
-        y, z = self.run_stage(self._analyse, self._pad(x))
-        coder = LatentEncoder(self.entropy_bottleneck, self.gaussian_conditional, y)
-        slices = self._coding_slices(exact)
-        with deterministic_arithmetic():
-            z_strings, z_hat = coder.encode_z(z, self._medians())
-            slices(z_hat if exact else z_hat.to(y.dtype), coder.code_slice, self.run_stage)
-        return {
-            "strings": [coder.encode_y(), z_strings],
-            "shape": tuple(z.shape[-2:]),
-            "size": tuple(x.shape[-2:]),
-            "guards": coder.guards,
-            "crcs": coder.crcs,
-        }
+        return Coder(self, exact=exact).compress(x)
 
-    @torch.no_grad()
     def decompress(
         self,
         strings: Sequence[Sequence[bytes]],
@@ -189,35 +132,7 @@ class SliceHyperprior(CompressionModel):
             BitstreamError: the symbols are not those that were encoded.
             ValueError: the model is in training mode or has no CDF tables.
         """
-        self._check_eval()
-        y_strings, z_strings = strings
-        guards = guards if guards is not None else [[] for _ in y_strings]
-        coder = LatentDecoder(self.entropy_bottleneck, self.gaussian_conditional, y_strings, guards)
-        slices = self._coding_slices(exact)
-        dtype = self.entropy_bottleneck.quantiles.dtype
-        with deterministic_arithmetic():
-            z_hat = coder.decode_z(z_strings, shape, self._medians())
-            z_hat = z_hat if exact else z_hat.to(dtype)
-            y_hat = slices(z_hat, coder.code_slice, self.run_stage).to(dtype)
-        coder.finish()
-        if crcs is not None and list(crcs) != coder.crcs:
-            raise BitstreamError(
-                "decoded symbols differ from those that were encoded; the stream is damaged, or "
-                "it was made by another model or without the exact entropy path on another machine"
-            )
-        height, width = size or (None, None)
-        y_hat = y_hat.contiguous(memory_format=torch.channels_last)
-        x_hat = self.run_stage(self.g_s, y_hat)[..., :height, :width]
-        return {"x_hat": x_hat.clamp(0, 1), "y_hat": y_hat}
-
-    def _analyse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y and z of a padded picture."""
-        y = self.g_a(x)
-        return y, self.h_a(y)
-
-    def _check_eval(self) -> None:
-        if self.training:
-            raise ValueError("the model is in training mode; call eval() before coding")
+        return Coder(self, exact=exact).decompress(strings, shape, size, guards, crcs)
 
     def update(self, scale_table=None, force=False, update_quantiles=True) -> bool:
         """Build the CDF tables that coding needs; True if they changed.
@@ -280,22 +195,6 @@ class SliceHyperprior(CompressionModel):
         model = cls(**{**config, **kwargs})
         model.load_state_dict(state_dict)
         return model
-
-
-def _tensors(modules: Sequence[torch.nn.Module]) -> list[Tensor]:
-    """Floating-point parameters and buffers of these modules themselves, in order."""
-    stores = (store for m in modules for store in (m._parameters, m._buffers))
-    tensors = (tensor for store in stores for tensor in store.values())
-    return [t for t in tensors if t is not None and t.is_floating_point()]
-
-
-def _join(tensors: Sequence[Tensor]) -> Tensor:
-    """Make the tensors views of one, which is returned: their values, flat, one after another."""
-    values = torch.cat([tensor.flatten() for tensor in tensors])
-    parts = values.split([tensor.numel() for tensor in tensors])
-    for tensor, part in zip(tensors, parts, strict=True):
-        tensor.data = part.view(tensor.shape)
-    return values
 
 
 def _plain_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

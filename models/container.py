@@ -27,16 +27,10 @@ The symbol CRC finds a decoder that computed other symbols than the encoder. The
 the wrong checkpoint; should two models share one, the symbol CRC still tells them apart.
 """
 
-import hashlib
 import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-
-from .base import SliceHyperprior
-from .entropy import BitstreamError
 
 __all__ = [
     "MAX_BYTES",
@@ -46,11 +40,8 @@ __all__ = [
     "BitstreamError",
     "Stream",
     "check_size",
-    "fingerprint",
     "pack",
-    "pack_picture",
     "unpack",
-    "unpack_picture",
 ]
 
 VERSION = 1
@@ -63,12 +54,11 @@ _MAGIC = b"MVC"
 _EXACT = 0x80
 _FIXED = struct.Struct("<3sB4s")
 _CHECKSUMS = struct.Struct("<II")
-_PIXELS_PER_Z = 64
 _MAX_VARINT = 2**32
-# What only the encoder uses, and what the tables were made from.
-_ENCODER = ("g_a.", "h_a.")
-_ENTROPY_MODELS = ("entropy_bottleneck.", "gaussian_conditional.")
-_TABLES = ("quantiles", "_quantized_cdf", "_cdf_length", "_offset", "scale_table")
+
+
+class BitstreamError(ValueError):
+    """The bytes are not a stream that this model can decode to the right picture."""
 
 
 @dataclass(frozen=True)
@@ -229,72 +219,3 @@ def _write_varint(out: bytearray, value: int) -> None:
         out.append(value & 0x7F | 0x80)
         value >>= 7
     out.append(value)
-
-
-def fingerprint(model: SliceHyperprior) -> bytes:
-    """Four bytes that differ between models that decode differently.
-
-    The first bytes of the SHA-256 of all that decoding depends on: names, shapes and values of the
-    layers behind the latents (as float32, so that storing them in half precision keeps it where
-    the values are equal), of the CDF tables and of the scale table. It takes a pass over all
-    weights: call it once per model.
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        made_tables = name.startswith(_ENTROPY_MODELS) and not name.endswith(_TABLES)
-        if name.startswith(_ENCODER) or made_tables:
-            continue
-        kind = torch.float32 if value.is_floating_point() else torch.int64
-        array = value.detach().to("cpu", kind).contiguous().numpy()
-        digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
-    return digest.digest()[:4]
-
-
-def pack_picture(compressed: dict, model_fingerprint: bytes, exact: bool = True) -> bytes:
-    """Write what `SliceHyperprior.compress` returned for one picture as a `.mvc` file.
-
-    Args:
-        compressed: the returned dict, of a batch of one.
-        model_fingerprint: `fingerprint` of the model.
-        exact: as it was given to ``compress``.
-
-    Raises:
-        BitstreamError, ValueError: see `pack`.
-    """
-    (y,), (z,) = compressed["strings"]
-    height, width = compressed["size"]
-    if tuple(compressed["shape"]) != _shape(height, width):
-        raise ValueError(f"z of shape {compressed['shape']} does not go with {width}x{height}")
-    (guards,), (crc,) = compressed["guards"], compressed["crcs"]
-    return pack(Stream(model_fingerprint, exact, height, width, guards, z, y, crc))
-
-
-def unpack_picture(data: bytes | Stream, model_fingerprint: bytes) -> dict:
-    """Arguments of `SliceHyperprior.decompress` for a `.mvc` file, all but ``exact``.
-
-    Args:
-        data: the file's bytes, or what `unpack` returned for them.
-        model_fingerprint: `fingerprint` of the model that is to decode it.
-
-    Raises:
-        BitstreamError: see `unpack`; or the file was made by another model.
-    """
-    stream = data if isinstance(data, Stream) else unpack(data)
-    if stream.fingerprint != model_fingerprint:
-        raise BitstreamError(
-            f"the file was made by model {stream.fingerprint.hex()}, this checkpoint is model "
-            f"{model_fingerprint.hex()}; give the checkpoint it was made with"
-        )
-    return {
-        "strings": [[stream.y], [stream.z]],
-        "shape": _shape(stream.height, stream.width),
-        "size": (stream.height, stream.width),
-        "guards": [stream.guards],
-        "crcs": [stream.crc],
-    }
-
-
-def _shape(height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of z."""
-    return -(-height // _PIXELS_PER_Z), -(-width // _PIXELS_PER_Z)

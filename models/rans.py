@@ -17,7 +17,6 @@ v are a symbol of frequency 2**(16 - k) and cumulative frequency v * 2**(16 - k)
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +24,9 @@ import numba
 import numpy as np
 from compressai.entropy_models import EntropyModel
 
-__all__ = ["MAX_SYMBOL", "BitstreamError", "SymbolDecoder", "SymbolEncoder", "Tables"]
+from .container import BitstreamError
+
+__all__ = ["MAX_SYMBOL", "SymbolDecoder", "SymbolEncoder", "Tables"]
 
 # float32 holds every integer up to here; latents beyond it are not worth coding.
 MAX_SYMBOL = 2**24
@@ -41,10 +42,6 @@ _LOOKUP_SHIFT = _PRECISION - _LOOKUP_BITS
 _WORDS_PER_SYMBOL = 4  # an entry, a length and up to 26 bits, each moving at most one word
 
 _OK, _BAD_INDEX, _BAD_SYMBOL, _EXHAUSTED = range(4)
-
-
-class BitstreamError(ValueError):
-    """The bytes are not a stream that this model can decode to the right picture."""
 
 
 def _jit(function: Callable) -> Callable:
@@ -74,7 +71,7 @@ class Tables:
 
     @classmethod
     def of(cls, model: EntropyModel) -> Tables:
-        """Tables of a CompressAI entropy model; prepared again only when their values change.
+        """Tables of a CompressAI entropy model.
 
         Raises:
             ValueError: the model has none yet, or they are no valid CDF tables.
@@ -82,12 +79,7 @@ class Tables:
         if model.quantized_cdf.numel() == 0:
             raise ValueError("the model has no CDF tables; call update() before coding")
         buffers = (model.quantized_cdf, model.cdf_length, model.offset)
-        arrays = [buffer.detach().cpu().numpy().astype(np.int32) for buffer in buffers]
-        known, tables = _prepared.get(model, ([], None))
-        if tables is None or not all(map(np.array_equal, known, arrays)):
-            tables = cls.build(*arrays)
-            _prepared[model] = arrays, tables
-        return tables
+        return cls.build(*(b.detach().cpu().numpy().astype(np.int32) for b in buffers))
 
     @classmethod
     def build(cls, cdfs: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> Tables:
@@ -123,10 +115,6 @@ class Tables:
             buckets = np.arange(1 << _LOOKUP_BITS) << _LOOKUP_SHIFT
             lookup[k] = np.searchsorted(part, buckets, side="right") - 1
         return cls(np.concatenate(parts), rows, offsets, lookup)
-
-
-# The buffers each model's tables were prepared from, and the result.
-_prepared: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 class SymbolEncoder:
