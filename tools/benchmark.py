@@ -475,7 +475,6 @@ def training_step(
     return functools.partial(step, [crops])
 
 
-<<<<<<< HEAD
 def bench_codec(bench: Bench, backend: str, name: str, make: MakeModel, sizes: Sizes) -> None:
     """One picture of each size to bytes and back."""
     model = make()
@@ -514,24 +513,6 @@ def bench_variants(bench: Bench, backend: str, name: str, make: MakeModel, sizes
         run("decode", decode)
         del model, encode, decode
         run("step", training_step(make(), 1, height, width))
-=======
-def bench_codec(bench: Bench, backend: str) -> None:
-    alone = not bench.records
-    model = network(bench)
-    cuda = bench.device.type == "cuda"
-    x = picture(512, 768, bench.device)
-    for graphed, exact in itertools.product((False, True) if cuda else (False,), (True, False)):
-        coder = models.Coder(model, exact=exact, graphs=graphed)
-        mode = ("exact" if exact else "fast") + (" graph" if graphed else "")
-        encode = functools.partial(coder.compress, x)
-        decode = functools.partial(coder.decompress, **encode())
-        bench.run("codec", f"compress 512x768 {mode}", backend, encode)
-        bench.run("codec", f"decompress 512x768 {mode}", backend, decode)
-    if alone and not cuda:  # else it is that of an earlier group
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
-        print(f"codec: peak memory of the process {peak:.0f} MiB")
-        bench.records.append({"group": "codec", "name": "peak process memory", "peak_mib": peak})
->>>>>>> wt-C1
 
 
 def add_ratios(records: Sequence[dict]) -> None:

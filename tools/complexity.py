@@ -11,14 +11,8 @@ on shapes alone, so that a 4K picture needs neither its memory nor a GPU.
 """
 
 import argparse
-<<<<<<< HEAD
 import importlib
 import importlib.util
-=======
-import contextlib
-import functools
-import importlib.metadata
->>>>>>> wt-C1
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -33,15 +27,8 @@ import kernels
 import models
 import utils
 from kernels.scan_operator import scan_flops, scan_macs
-<<<<<<< HEAD
 from layers import SS2D, WindowAttention
 from tools import networks
-=======
-from layers import SS2D, WindowAttention, swin
-from models import checkpoint as checkpoint_file
-from tools.figures import scaling, style
-from utils import ArgumentParser, UsageError
->>>>>>> wt-C1
 
 # The parts of the network that operations are reported for.
 PARTS = {
@@ -153,154 +140,8 @@ def _sums(roots: Sequence[nn.Module]) -> dict[str, int]:
     }
 
 
-<<<<<<< HEAD
 def format_parts(rows: Sequence[dict]) -> str:
     """GMACs of each part of the networks, and of the scans in them, as a table."""
-=======
-def operation(
-    model: models.SliceHyperprior, name: str, x: Tensor, graphs: bool = False
-) -> Callable[[], object]:
-    """A function that does one operation on pictures x: what `measure` runs.
-
-    ``encode`` is `compress`, ``decode`` is `decompress` of what `compress` made of x (the
-    network and the entropy coder), ``forward`` is the estimate without a gradient, ``step`` is
-    forward and backward in training mode, without an optimiser. With ``graphs`` all but
-    the last are replayed from CUDA graphs.
-    """
-    model.train(name == "step")
-    if name == "step":
-
-        def step() -> None:
-            model.zero_grad(set_to_none=True)
-            out = model(x)
-            rate = -sum(likelihood.log2().sum() for likelihood in out["likelihoods"].values())
-            (rate / x[:, 0].numel() + 0.01 * 255**2 * (out["x_hat"] - x).square().mean()).backward()
-
-        return step
-    if name == "forward":
-        return torch.no_grad()(
-            functools.partial(Replay(), model, x) if graphs else lambda: model(x)
-        )
-    coder = models.Coder(model, graphs=graphs)
-    if name == "encode":
-        return lambda: coder.compress(x)
-    coded = coder.compress(x)
-    return lambda: coder.decompress(**coded)
-
-
-def measure(run: Callable[[], object], device: torch.device, repeats: int) -> dict:
-    """Time and peak memory of a function, after one run to warm up.
-
-    Returns:
-        ``seconds``: median; ``seconds_20``, ``seconds_80``: percentiles; ``peak_bytes``: on a GPU
-        the most memory PyTorch held at once, weights included; on the CPU the most resident memory
-        of this process (None where Linux's /proc does not tell).
-    """
-    run()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        _reset_peak_resident()
-    seconds = []
-    for _ in range(repeats):
-        start = utils.clock(device)
-        run()
-        seconds.append(utils.clock(device) - start)
-    deciles = statistics.quantiles(seconds, n=10, method="inclusive") if repeats > 1 else []
-    return {
-        "seconds": statistics.median(seconds),
-        "seconds_20": deciles[1] if deciles else seconds[0],
-        "seconds_80": deciles[7] if deciles else seconds[0],
-        "peak_bytes": (
-            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
-        ),
-    }
-
-
-def _reset_peak_resident() -> None:
-    with contextlib.suppress(OSError):
-        CLEAR_REFS.write_text("5")
-
-
-def _peak_resident() -> int | None:
-    """Most bytes this process has had in memory since the last reset."""
-    with contextlib.suppress(OSError):
-        for line in STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    return None
-
-
-def measure_all(
-    model: models.SliceHyperprior,
-    height: int,
-    width: int,
-    names: Sequence[str],
-    device: torch.device,
-    repeats: int,
-    batch_size: int = 1,
-    cuda_graph: bool = False,
-) -> dict[str, dict | None]:
-    """`measure` for each operation; None for one that the GPU's memory does not hold.
-
-    With ``cuda_graph`` all but ``step`` are timed as CUDA graphs, and their memory is not measured.
-    """
-    x = torch.rand(batch_size, 3, height, width, device=device)
-    results: dict[str, dict | None] = {}
-    for name in names:
-        replayed = cuda_graph and name != "step"
-        try:
-            run = operation(model, name, x, replayed)
-            if replayed:
-                run()  # what `measure` warms up with is then the capture
-            results[name] = measure(run, device, repeats)
-            if replayed:
-                results[name]["peak_bytes"] = None
-        except torch.OutOfMemoryError:
-            results[name] = None
-        run = None  # lets go of its graphs
-        model.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return results
-
-
-def load(name: str, **sizes: int) -> tuple[str, models.SliceHyperprior]:
-    """A model and its name, from the registry (fixed random weights) or from a checkpoint file.
-
-    Raises:
-        UsageError: there is neither.
-    """
-    if name in models.list_models():
-        torch.manual_seed(0)
-        try:
-            model = models.build_model(name, **sizes)
-        except ValueError as error:
-            raise UsageError(f"cannot build {name}: {error}") from None
-        return name, model
-    try:
-        path = checkpoint_file.find_checkpoint(name)
-    except UsageError:
-        raise UsageError(
-            f"{name} is neither a model ({', '.join(models.list_models())}) nor a checkpoint file"
-        ) from None
-    if sizes:
-        raise UsageError(
-            f"--{next(iter(sizes))} does not change the sizes of a checkpoint; leave it out"
-        )
-    return path.name, checkpoint_file.load_model(path)
-
-
-def device_name(device: torch.device) -> str:
-    """What the device calls itself, with the number of threads for a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{utils.cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def format_counts(rows: Sequence[dict]) -> str:
-    """Operations of the rows as a Markdown table, with the first model's MACs against each."""
->>>>>>> wt-C1
     names = [*PARTS, "other"]
     lines = [f"{'GMACs by part':<28}" + "".join(f"{name:>9}" for name in [*names, "(scan)"])]
     for row in rows:
@@ -319,8 +160,8 @@ def format_totals(rows: Sequence[dict]) -> str:
         against = f"; {base['model']} {100 * (base['macs'] / row['macs'] - 1):+.1f} % MACs"
         lines.append(
             f"{row['model']} {row['height']}x{row['width']}: {row['macs'] / 1e9:.1f} GMACs, "
-            f"{row['flops'] / 1e9:.1f} GFLOPs, {row['parameters'] / 1e6:.2f} M parameters"
-            f", scan included ({row['scan']['macs'] / 1e9:.1f} GMACs)"
+            f"{row['flops'] / 1e9:.1f} GFLOPs, {row['parameters'] / 1e6:.2f} M parameters, "
+            f"scan included ({row['scan']['macs'] / 1e9:.1f} GMACs)"
             f"{against if base is not row else ''}"
         )
     return "\n".join(lines)
