@@ -11,11 +11,12 @@ on shapes alone, so that a 4K picture needs neither its memory nor a GPU.
 """
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -89,11 +90,12 @@ _formulas[SS2D] = _count_scan
 _formulas[WindowAttention] = _count_attention
 
 
-def run_on_shapes(model: models.SliceHyperprior, height: int, width: int) -> None:
-    """One forward pass of a network on the CPU in which tensors have shapes and nothing else."""
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Let networks on the CPU run on tensors that have shapes and no data: nothing is computed."""
     # The compiled scan is one operator; the reference would be walked through step by step.
     with kernels.use_backend("cpu"), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        model(torch.empty(1, 3, height, width))
+        yield
 
 
 def count(model: models.SliceHyperprior, height: int, width: int) -> dict:
@@ -113,7 +115,8 @@ def count(model: models.SliceHyperprior, height: int, width: int) -> dict:
     counter = _Counter(model, include_backPropagation=False, compute_bp_factor=2.0)
     counter.start_flops_calculate()
     try:
-        run_on_shapes(model, height, width)
+        with shapes_only():
+            model(torch.empty(1, 3, height, width))
         total = _sums([model])
         parts = {
             part: _sums([getattr(model, name) for name in names]) for part, names in PARTS.items()
@@ -156,14 +159,16 @@ def format_totals(rows: Sequence[dict]) -> str:
     lines = []
     first: dict[tuple[int, int], dict] = {}
     for row in rows:
-        base = first.setdefault((row["height"], row["width"]), row)
-        against = f"; {base['model']} {100 * (base['macs'] / row['macs'] - 1):+.1f} % MACs"
-        lines.append(
+        line = (
             f"{row['model']} {row['height']}x{row['width']}: {row['macs'] / 1e9:.1f} GMACs, "
-            f"{row['flops'] / 1e9:.1f} GFLOPs, {row['parameters'] / 1e6:.2f} M parameters, "
-            f"scan included ({row['scan']['macs'] / 1e9:.1f} GMACs)"
-            f"{against if base is not row else ''}"
+            f"{row['flops'] / 1e9:.1f} GFLOPs, {row['parameters'] / 1e6:.2f} M parameters"
         )
+        if row["scan"]["macs"]:
+            line += f", scan included ({row['scan']['macs'] / 1e9:.1f} GMACs)"
+        base = first.setdefault((row["height"], row["width"]), row)
+        if base is not row:
+            line += f"; {base['model']} {100 * (base['macs'] / row['macs'] - 1):+.1f} % MACs"
+        lines.append(line)
     return "\n".join(lines)
 
 
