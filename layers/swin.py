@@ -5,10 +5,11 @@ import functools
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from compressai.layers import AttentionBlock, conv1x1
 from einops import rearrange
 from timm.layers import DropPath
 from torch import Tensor
+
+from .compressai import AttentionBlock, conv1x1
 
 __all__ = ["SwinAttentionBlock", "SwinBlock", "WindowAttention"]
 

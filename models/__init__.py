@@ -5,10 +5,6 @@ PyTorch.
 """
 
 import importlib
-import warnings
-
-# What CompressAI imports calls torch.jit.script, which newer PyTorch deprecates.
-warnings.filterwarnings("ignore", message=r".*torch\.jit\.script", category=FutureWarning)
 
 _MODULES = {
     "BitstreamError": "container",

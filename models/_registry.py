@@ -3,8 +3,9 @@
 import importlib
 from collections.abc import Callable
 
-import compressai.registry
 import torch.nn as nn
+
+from layers.compressai import register_model as register_with_compressai
 
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
 _MODULES = ("mambavc", "variants")  # that register models when they are imported
@@ -20,7 +21,7 @@ def register_model(name: str) -> Callable[[Callable[..., nn.Module]], Callable[.
     def decorator(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         if name in _BUILDERS:
             raise ValueError(f"model name {name!r} is already registered; choose another name")
-        _BUILDERS[name] = compressai.registry.register_model(name)(builder)
+        _BUILDERS[name] = register_with_compressai(name)(builder)
         return builder
 
     return decorator

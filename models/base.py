@@ -4,10 +4,9 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from compressai.models import CompressionModel
-from compressai.models.utils import remap_old_keys
-from compressai.ops import quantize_ste
 from torch import Tensor
+
+from layers.compressai import CompressionModel, quantize_ste, remap_old_keys
 
 from .coding import Coder
 from .entropy import SlicePredictor

@@ -200,12 +200,13 @@ class Coder:
                 [stream.crc],
                 stream.exact,
             )
-        except BitstreamError as error:
+        except BitstreamError:
             if stream.exact:
                 raise
             raise BitstreamError(
                 "the file was coded with the fast entropy path, so it decodes on the machine that "
-                f"made it only, with the same software; here: {error}"
+                "made it only, with the same software, and here its symbols come out wrong; encode "
+                "the picture again with the exact path"
             ) from None
         return decoded["x_hat"]
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn as nn
-from compressai.entropy_models import EntropyBottleneck, GaussianConditional
 from torch import Tensor
+
+from layers.compressai import EntropyBottleneck, GaussianConditional
 
 from .container import BitstreamError
 from .rans import MAX_SYMBOL, SymbolDecoder, SymbolEncoder, Tables

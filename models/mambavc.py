@@ -4,10 +4,9 @@ from itertools import pairwise
 
 import torch
 import torch.nn as nn
-from compressai.entropy_models import GaussianConditional
-from compressai.models.utils import conv, deconv
 
 from layers import SwinAttentionBlock, VSSBlock
+from layers.compressai import GaussianConditional, conv, deconv
 
 from ._registry import register_model
 from .base import SliceHyperprior

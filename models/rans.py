@@ -22,7 +22,8 @@ from dataclasses import dataclass
 
 import numba
 import numpy as np
-from compressai.entropy_models import EntropyModel
+
+from layers.compressai import EntropyModel
 
 from .container import BitstreamError
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from PIL import Image
-from test_models_mambavc import TINY
 
 import eval as evaluation
 import models
