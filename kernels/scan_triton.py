@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.scan_reference import ScanInputs
 from kernels.scan_triton_backward import adjoint_state_kernel, projection_kernel, sweep_kernel
 from kernels.scan_triton_parts import (
     INTERPRETED,
@@ -30,6 +31,7 @@ from kernels.scan_triton_parts import (
     SIZES,
     SharedMemory,
     arange,
+    both,
     exp2,
     fetch_channels,
     fetch_rows,
@@ -196,14 +198,14 @@ def _carry_kernel(
         b_as = ()
         b_hs = ()
         for j in gl.static_range(AHEAD):
-            m_ahead = m_c & (i + j < num_chunks - 1)
+            m_ahead = both(m_c, i + j < num_chunks - 1)
             o_chunk = (first + sign * (i + j)).to(gl.int64)
             b_sum = gl.load(p_sums + o_chunk * DIM, mask=m_ahead, other=0.0)
             b_as = b_as + (exp2(b_A * b_sum),)
             p_next = p_states + (o_chunk + sign) * (DSTATE * DIM)
             b_hs = b_hs + (gl.load(p_next, mask=m_ahead, other=0.0),)
         for j in gl.static_range(AHEAD):
-            m_ahead = m_c & (i + j < num_chunks - 1)
+            m_ahead = both(m_c, i + j < num_chunks - 1)
             b_h = b_as[j] * b_h + b_hs[j]
             p_next = p_states + (first + sign * (i + j + 1)).to(gl.int64) * (DSTATE * DIM)
             gl.store(p_next, b_h, mask=m_ahead)
@@ -258,7 +260,7 @@ def _walk_chunk(
                 b_y += b_D * b_xs[t]
             else:
                 b_y += b_ys[t]
-            m_t = m_c & (i + t < count)
+            m_t = both(m_c, i + t < count)
             gl.store(p_y + o_pixels[t] * DIM, b_y.to(y.dtype.element_ty), mask=m_t)
         o_pixels = o_nexts
         b_xs = b_next_xs
@@ -467,37 +469,22 @@ def _carry(A_logs, states, delta_sums, k, options):
     )
 
 
-def scan_2d_forward(
-    x: Tensor,
-    x_dbl: Tensor,
-    dt_projs_weight: Tensor,
-    dt_projs_bias: Tensor,
-    A_logs: Tensor,
-    Ds: Tensor,
-) -> Tensor:
+def scan_2d_forward(inputs: ScanInputs) -> Tensor:
     """Scan x along four orders of its pixels and sum the results in image order.
 
     Besides the result it allocates the chunk states, a few percent of x, and for a dtype of 16
     bits a float32 buffer of the shape of x in which the directions are summed.
 
     Args:
-        x: (batch, height, width, dim), contiguous like all others; float32, float64, bfloat16 or
-            float16.
-        x_dbl: (batch, height, width, 4, rank + 2 * dstate), in the dtype of x: the low-rank part
-            of delta, B and C of each direction.
-        dt_projs_weight: (4, dim, rank), float32, or float64 if x is; so are all that follow.
-        dt_projs_bias: (4, dim).
-        A_logs: (4 * dim, dstate), with A = -exp(A_logs).
-        Ds: (4 * dim).
+        inputs: contiguous.
 
     Returns:
         y: (batch, height, width, dim), in the dtype of x. States and sums are float32, or float64.
     """
+    x, A_logs = inputs.x, inputs.A_logs
     batch, height, width, dim = x.shape
-    dstate = A_logs.shape[1]
-    rank = dt_projs_weight.shape[2]
-    options = _walk_options(dim, dstate, rank, x.dtype, FORWARD_WARPS, FORWARD_CHANNELS)
-    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dstate, accumulator = inputs.dstate, inputs.dtype
+    options = _walk_options(dim, dstate, inputs.dt_rank, x.dtype, FORWARD_WARPS, FORWARD_CHANNELS)
     blocks = triton.cdiv(dim, options["CHANNELS"])
     chunk_size, num_chunks = _chunks(
         height * width, blocks * batch, FORWARD_PROGRAMS, SHORTEST_CHUNK
@@ -506,32 +493,23 @@ def scan_2d_forward(
     delta_sums = x.new_empty(4, batch, num_chunks, dim, dtype=accumulator)
     y = torch.empty_like(x)
     y_sum = y if x.dtype == accumulator else torch.empty_like(x, dtype=accumulator)
-    inputs = x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs
     sizes = height, width, chunk_size, num_chunks
     with torch.cuda.device_of(x):
         if num_chunks > 1:
             grid = (blocks * 4, num_chunks - 1, batch)
             _chunk_state_kernel[grid](
-                *inputs, states, delta_sums, *sizes, STEPS=FORWARD_GROUP, **options
+                *inputs[:5], states, delta_sums, *sizes, STEPS=FORWARD_GROUP, **options
             )
         _carry(A_logs, states, delta_sums, 0, options)
         for order in range(2):
             _output_kernel[(blocks, num_chunks, batch)](
-                *inputs, Ds, states, y_sum, y, *sizes, ORDER=order, STEPS=FORWARD_GROUP, **options
+                *inputs, states, y_sum, y, *sizes, ORDER=order, STEPS=FORWARD_GROUP, **options
             )
     return y
 
 
-def scan_2d_backward(
-    dy: Tensor,
-    x: Tensor,
-    x_dbl: Tensor,
-    dt_projs_weight: Tensor,
-    dt_projs_bias: Tensor,
-    A_logs: Tensor,
-    Ds: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `scan_2d_forward` by its six inputs, given dy, the gradient by y.
+def scan_2d_backward(dy: Tensor, inputs: ScanInputs) -> ScanInputs:
+    """The gradients of `scan_2d_forward` by its inputs, given dy, the gradient by y.
 
     Directions are taken one after the other, but together on small maps. Besides the results it
     allocates, in float32 and at a state size of 16, about 2.7 times x: delta, two thirds of x for
@@ -539,18 +517,14 @@ def scan_2d_backward(
 
     Args:
         dy: (batch, height, width, dim), contiguous, in the dtype of x.
-        x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds: as in `scan_2d_forward`.
-
-    Returns:
-        The gradients by x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs and Ds, each in the
-        shape and dtype of its input.
+        inputs: as in `scan_2d_forward`.
     """
+    x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds = inputs
     batch, height, width, dim = x.shape
     length = height * width
-    dstate, rank = A_logs.shape[1], dt_projs_weight.shape[2]
+    dstate, rank, accumulator = inputs.dstate, inputs.dt_rank, inputs.dtype
     walk = _walk_options(dim, dstate, rank, x.dtype, ADJOINT_WARPS, ADJOINT_CHANNELS)
     sweep = _sweep_options(dim, dstate, rank, x.dtype, SUBCHUNK, TILE, SWEEP_FETCH)
-    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
     # On a small map launches take longer than the work: one for all directions.
     directions = 4 if x.numel() <= SMALL_MAP else 1
     blocks = triton.cdiv(dim, walk["CHANNELS"])
@@ -589,11 +563,10 @@ def scan_2d_backward(
     dA_logs = torch.empty_like(A_logs)
 
     sizes = height, width, chunk_size, num_chunks, num_subchunks
-    inputs = x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs
     with torch.cuda.device_of(x):
         for k in range(0, 4, directions):
             adjoint_state_kernel[(blocks, num_chunks, directions * batch)](
-                dy, *inputs, delta, *states, delta_sums, inner_states, inner_sums, dD_parts,
+                dy, *inputs[:5], delta, *states, delta_sums, inner_states, inner_sums, dD_parts,
                 *sizes, k, DIRECTIONS=directions, SUBSTEPS=SUBCHUNK, STEPS=ADJOINT_GROUP,
                 WITH_DD=k == 0, **walk,
             )  # fmt: skip
@@ -633,4 +606,4 @@ def scan_2d_backward(
         if directions > 1:
             torch.sum(dx_sum, 0, out=dx, dtype=x.dtype)
     dDs = dD_parts.sum(0).repeat(4)
-    return dx, dx_dbl, dW, dbias, dA_logs, dDs
+    return ScanInputs(dx, dx_dbl, dW, dbias, dA_logs, dDs)

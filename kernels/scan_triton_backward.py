@@ -18,6 +18,7 @@ from kernels.scan_triton_parts import (
     SIZES,
     SharedMemory,
     arange,
+    both,
     exp2,
     fetch_channels,
     fetch_rows,
@@ -146,7 +147,7 @@ def adjoint_state_kernel(
             b_h = b_a * b_h + b_B * (b_delta * b_xs[t])[None, :]
             b_P = b_P * b_a
             b_G = b_P * (b_C * b_dy[None, :]) + b_G
-            gl.store(p_delta + o_pixels[t] * DIM, b_delta, mask=m_c & is_inside)
+            gl.store(p_delta + o_pixels[t] * DIM, b_delta, mask=both(m_c, is_inside))
             b_sum += b_delta
             if WITH_DD:
                 b_dD += b_xs[t] * b_dy
@@ -156,12 +157,12 @@ def adjoint_state_kernel(
 
     gl.store(delta_sums + i_slot * DIM + o_c, b_sum, mask=m_c)
     p_states = states + (i_slot + 1) * (DSTATE * DIM) + o_nc
-    gl.store(p_states, b_h, mask=m_nc & (i_chunk + 1 < num_chunks))
+    gl.store(p_states, b_h, mask=both(m_nc, i_chunk + 1 < num_chunks))
     p_adjoints = adjoints + (i_slot - 1) * (DSTATE * DIM) + o_nc
-    gl.store(p_adjoints, b_G, mask=m_nc & (i_chunk > 0))
+    gl.store(p_adjoints, b_G, mask=both(m_nc, i_chunk > 0))
     if WITH_DD:
         # D skips the scan: its gradient comes with direction 0, the same for all.
-        gl.store(dD_parts + i_slot * DIM + o_c, b_dD, mask=m_c & (k == 0))
+        gl.store(dD_parts + i_slot * DIM + o_c, b_dD, mask=both(m_c, k == 0))
 
 
 @jit
@@ -273,11 +274,11 @@ def _fetch_tile(
     for u in gl.static_range(STEPS):
         is_inside = (position - u >= start) & (position - u < end)
         o_pixel = gl.where(is_inside, pixel, 0).to(gl.int64)
-        m_t = m_c & is_inside
+        m_t = both(m_c, is_inside)
         b_xs = b_xs + (gl.load(p_x + o_pixel * DIM, mask=m_t, other=0.0).to(ACC),)
         b_dys = b_dys + (gl.load(p_dy + o_pixel * DIM, mask=m_t, other=0.0).to(ACC),)
         b_deltas = b_deltas + (gl.load(p_delta + o_pixel * DIM, mask=m_t, other=0.0),)
-        b_BC = gl.load(p_BC + o_pixel * (4 * ROW), mask=m_BC & is_inside, other=0.0)
+        b_BC = gl.load(p_BC + o_pixel * (4 * ROW), mask=both(m_BC, is_inside), other=0.0)
         b_BCs = b_BCs + (b_BC.to(ACC),)
         pixel, left = _descend(pixel, left, line, step, jump, position - u, end)
     return b_xs, b_dys, b_deltas, b_BCs, pixel, left
@@ -386,7 +387,7 @@ def sweep_kernel(
     if BEGINS:
         b_D = zeros_like(o_lane).to(ACC)
         for i in gl.static_range(4):
-            b_D += gl.load(Ds + i * DIM + o_lane, mask=m_c & (k == 0), other=0.0).to(ACC)
+            b_D += gl.load(Ds + i * DIM + o_lane, mask=both(m_c, k == 0), other=0.0).to(ACC)
 
     # The sums over channels leave B's or C's in a lane by bit 2 of j, and bits 1 and 0 lead s.
     o_ji = _grid(8, 4, LANES)
@@ -450,7 +451,7 @@ def sweep_kernel(
                     b_dy = dys.index(i_tile * STEPS + STEPS - 1 - u).load(LANES)
                     b_dxs = b_dxs + (b_D * b_dy,)
                 else:
-                    b_dx = gl.load(p_dx_sum + o_pixel * DIM, mask=m_c & is_inside, other=0.0)
+                    b_dx = gl.load(p_dx_sum + o_pixel * DIM, mask=both(m_c, is_inside), other=0.0)
                     b_dxs = b_dxs + (b_dx,)
                 pixel, left = _descend(pixel, left, line, step, jump, position - u, end)
 
@@ -495,14 +496,13 @@ def sweep_kernel(
                 b_dBC = _sum_over_channels(b_dB, b_dC, o_j, BY_SUM)  # (8, 4, REST)
                 is_inside = position - (STEPS - 1 - t) < end
                 o_pixel = o_pixels[STEPS - 1 - t]
+                m_t = both(m_c, is_inside)
                 if ENDS:
-                    gl.store(
-                        p_dx + o_pixel * DIM, b_dx.to(dx.dtype.element_ty), mask=m_c & is_inside
-                    )
+                    gl.store(p_dx + o_pixel * DIM, b_dx.to(dx.dtype.element_ty), mask=m_t)
                 else:
-                    gl.store(p_dx_sum + o_pixel * DIM, b_dx, mask=m_c & is_inside)
-                gl.store(p_delta + o_pixel * DIM, b_ddelta, mask=m_c & is_inside)
-                gl.store(p_dBC + o_pixel * (2 * DSTATE) + o_sum, b_dBC, mask=m_sum & is_inside)
+                    gl.store(p_dx_sum + o_pixel * DIM, b_dx, mask=m_t)
+                gl.store(p_delta + o_pixel * DIM, b_ddelta, mask=m_t)
+                gl.store(p_dBC + o_pixel * (2 * DSTATE) + o_sum, b_dBC, mask=both(m_sum, is_inside))
                 if t % FETCH == 0:
                     _store_tile(
                         xs, dys, deltas, BCs, b_xs, b_dys, b_deltas, b_BCs, row + FETCH - 1, FETCH

@@ -80,6 +80,14 @@ def zeros_like(b_x):
 
 
 @jit
+def both(m_x, condition):
+    """The mask m_x where a condition that is one number holds, else nothing."""
+    # Triton 3.9's interpreter takes the condition for an int32 when it spreads it over a block,
+    # and then refuses the mask; a condition that was combined with a bool stays one.
+    return m_x & (True & condition)
+
+
+@jit
 def exp2(b_x):
     if INTERPRETED or b_x.dtype == gl.float64:
         return gl.exp2(b_x)
