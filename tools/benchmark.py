@@ -470,7 +470,7 @@ def training_step(
     device = next(model.parameters()).device
     processes = Processes(device.type == "cuda")
     criterion = RateDistortionLoss(lmbda=0.013)
-    step = Step(model, criterion, net, aux, processes, amp=amp, graphs=graphed)
+    step = Step(model, criterion, net, aux, processes, amp=amp, clip=1.0, graphs=graphed)
     crops = torch.randint(256, (batch, height, width, 3), dtype=torch.uint8, device=device)
     return functools.partial(step, [crops])
 
