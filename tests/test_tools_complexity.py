@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from conftest import TINY, save_checkpoint, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from layers import VSSBlock
+from layers import SS2D, VSSBlock
 from models.variants import HEAD_DIM
 from tools import complexity
 from utils import UsageError
@@ -143,6 +144,17 @@ def test_the_command_counts_the_full_networks_at_512x768(capsys):
         "convvc 512x768: 799.2 GMACs, 1599.0 GFLOPs, 72.90 M parameters; mambavc -44.1 % MACs",
         "swinvc 512x768: 581.3 GMACs, 1165.3 GFLOPs, 60.46 M parameters; mambavc -23.2 % MACs",
     ]
+
+
+def test_layers_alone_have_the_number_that_other_papers_list():
+    """47.88 M: convolutions, linear layers and norms, without parameters that are in no layer."""
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.LayerNorm)
+    model = models.build_model("mambavc")
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    assert sum(p.numel() for layer in layers for p in layer.parameters()) == 47_879_523
+    scans = [module for module in model.modules() if isinstance(module, SS2D)]
+    assert sum(p.numel() for scan in scans for p in scan.scan_parameters()) == 5_373_952
+    assert sum(p.numel() for p in model.parameters()) == 53_301_187
 
 
 def test_the_kept_counts_are_those_of_the_code():
