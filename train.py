@@ -7,39 +7,34 @@ One for each GPU:    torchrun --nproc_per_node=G train.py --cuda -d ROOT ...
 import argparse
 import logging
 import math
-import signal
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from datetime import datetime
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
 
 import models
 import utils
-from models import checkpoint as checkpoint_file
+from kernels.graphs import GraphedGradients, GraphedUpdate
+from models.checkpoint import load_checkpoint
+from training import data, state
 from training.distributed import Processes
-from training.engine import Trainer, checkpoint_path
-from utils import positive_int
+from training.log import Measured, RunLog
+from training.optim import lr_factor, make_optimizers
+from utils import DataError, number, positive_int
 
 logger = logging.getLogger("mambavc")
 
-
-def number(
-    kind: type, least: float, below: float = math.inf, exclusive: bool = False
-) -> Callable[[str], float]:
-    """argparse type: an int or float of this range, which an ``exclusive`` least is not part of."""
-
-    def parse(text: str) -> float:
-        with suppress(ValueError):
-            value = kind(text)
-            if least <= value < below and not (exclusive and value == least):
-                return value
-        limit = f"{'above' if exclusive else 'at least'} {least}"
-        limit += f" and below {below}" if below < math.inf else ""
-        raise argparse.ArgumentTypeError(f"expected {kind.__name__}, {limit}, got {text!r}")
-
-    return parse
+MAX_BAD_STEPS = 10  # non-finite steps in a row that end a run
+SHOWN_PICTURES = 3  # reconstructions that a validation keeps to be looked at
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -101,8 +96,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="mixed precision; scan states and entropy model stay in float32")
     add("--compile", action="store_true", help="compile the transforms with torch.compile")
     add("--cuda-graph", action="store_true",
-        help="replay backward passes and optimisers from CUDA graphs: much faster where a GPU "
-        "waits for its host; needs --cuda and --type mse, no --accumulate or --grad-checkpoint")
+        help="replay steps from CUDA graphs: much faster where a GPU waits for its host; needs "
+        "--cuda and --type mse, no --accumulate or --grad-checkpoint")
     add("--grad-checkpoint", action="store_true",
         help="recompute blocks in the backward pass: less memory, more time")
 
@@ -122,70 +117,327 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             f"--type ms-ssim needs a --patch-size of at least {utils.MS_SSIM_MIN_SIDE}, "
             f"got {args.patch_size[0]} {args.patch_size[1]}"
         )
-    if args.cuda_graph and (not args.cuda or args.accumulate > 1):
-        parser.error("--cuda-graph needs --cuda and no --accumulate")
-    if args.cuda_graph and (args.grad_checkpoint or args.type == "ms-ssim"):
-        parser.error("--cuda-graph goes neither with --grad-checkpoint nor with --type ms-ssim")
+    others = args.accumulate > 1 or args.grad_checkpoint or args.type == "ms-ssim"
+    if args.cuda_graph and (others or not args.cuda):
+        parser.error(
+            "--cuda-graph needs --cuda and --type mse, no --accumulate or --grad-checkpoint"
+        )
     if args.learning_rate is None:
         args.learning_rate = 2e-3 if args.optimizer == "muon" else 1e-4
     return args
 
 
-def find_checkpoint(args: argparse.Namespace, folder: Path) -> Path | None:
-    """The checkpoint that the flags ask to start or to go on from.
+def as_input(pixels: Tensor) -> Tensor:
+    """uint8 (batch, height, width, 3) as float32 (batch, 3, height, width) in [0, 1]."""
+    return pixels.permute(0, 3, 1, 2).float().div_(255)  # this order is called channels last
 
-    A command that is given again after its run was killed goes on with that run, also where
-    --checkpoint says how it began; a checkpoint of the run itself is taken as asked.
+
+class Step:
+    """One step of the optimisers: forward and backward passes, clipping, update.
+
+    Args:
+        model: the network, in training mode, on its device.
+        criterion: CompressAI's `RateDistortionLoss`.
+        net_optimizers, aux_optimizer: see `make_optimizers`.
+        processes: that average their gradients.
+        amp: run the network in bfloat16 where autocast does.
+        clip: largest norm of the network's gradient.
+        graphs: replay passes and updates from CUDA graphs; a step is then one batch.
     """
-    latest = checkpoint_path(folder, "latest")
-    if not args.continue_train:
-        return args.checkpoint
-    if latest.exists():
-        if args.checkpoint is None:
-            return latest
-        if args.checkpoint.resolve().parent != folder.resolve():
-            logger.info("going on from %s, which is later than %s", latest, args.checkpoint)
-            return latest
-    elif args.checkpoint is None:
-        logger.info("nothing to go on from in %s: starting at step 0", folder)
-    return args.checkpoint
+
+    def __init__(
+        self,
+        model: models.SliceHyperprior,
+        criterion: nn.Module,
+        net_optimizers: dict[str, Optimizer],
+        aux_optimizer: Optimizer,
+        processes: Processes,
+        amp: bool = False,
+        clip: float = math.inf,
+        graphs: bool = False,
+    ):
+        self.model = model
+        self.criterion = criterion
+        self.optimizers = [*net_optimizers.values(), aux_optimizer]
+        groups = [group for each in net_optimizers.values() for group in each.param_groups]
+        self.net_parameters = [p for group in groups for p in group["params"]]
+        self.processes = processes
+        self.amp = amp
+        self.clip = clip
+        self.graphs = graphs
+        self.captured_shape: torch.Size | None = None
+        self.net = processes.wrap(model, average=not graphs)
+
+    def __call__(self, batches: Sequence[Tensor], stop: threading.Event | None = None) -> Measured:
+        """Take a step on the mean loss of batches, unless it is not finite.
+
+        Args:
+            batches: crops, uint8 (batch, height, width, 3), of equal shapes.
+            stop: set where this process wants to stop; the result tells all processes so.
+        """
+        if self.graphs:
+            measured = self._replay(*batches)
+        else:
+            parts = len(batches)
+            measured = sum(self._backward(x, parts, i == parts) for i, x in enumerate(batches, 1))
+        norm = nn.utils.clip_grad_norm_(self.net_parameters, self.clip)
+
+        # The only point at which the host waits for the device. A value that is not finite on
+        # one process is so in the sum, and all decide alike.
+        wants_stop = norm.new_tensor(stop is not None and stop.is_set())
+        sums = self.processes.sum(torch.stack([*measured, norm, wants_stop]))
+        loss, bpp, mse, norm = (value / self.processes.world_size for value in sums[:4])
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
+        if is_finite and self.graphs:
+            self.graphed_update()
+        for optimizer in self.optimizers:
+            if is_finite and not self.graphs:
+                optimizer.step()
+            optimizer.zero_grad()
+        suspect = not is_finite and (math.isfinite(loss) or not measured[0].isfinite().item())
+        return Measured(loss, bpp, mse, norm, is_finite, suspect, stop=sums[4] > 0)
+
+    def _backward(self, pixels: Tensor, parts: int = 1, last: bool = True) -> Tensor:
+        """Add the gradients of one of a step's parts; its shares of loss, bpp and MSE: (3,)."""
+        x = as_input(pixels.to(self.processes.device, non_blocking=True))
+        amp = torch.autocast(x.device.type, torch.bfloat16, enabled=self.amp)
+        # Processes average their gradients in the backward pass of the last part.
+        alone = nullcontext() if last or self.net is self.model else self.net.no_sync()
+        with alone:
+            with amp, self.processes.global_draws():
+                output = self.net(x)
+            output["x_hat"] = output["x_hat"].float()
+            terms = self.criterion(output, x)
+            loss = terms["loss"] / parts
+            if last:
+                # It reaches the quantiles only and the loss reaches everything else: after one
+                # backward pass both are averaged together.
+                loss = loss + self.model.aux_loss()
+            loss.backward()
+        mse = terms["mse_loss"] if "mse_loss" in terms else F.mse_loss(output["x_hat"], x)
+        return torch.stack([terms["loss"], terms["bpp_loss"], mse]).detach() / parts
+
+    def _replay(self, pixels: Tensor) -> Tensor:
+        """`_backward` of a step's only batch from a CUDA graph, which is captured at first."""
+        pixels = pixels.to(self.processes.device, non_blocking=True)
+        if pixels.shape != self.captured_shape:
+            parameters = list(self.model.parameters())
+            self.graphed_backward = GraphedGradients(self._backward, parameters, pixels)
+            self.graphed_update = GraphedUpdate(self.optimizers)  # of gradients in a new place
+            self.captured_shape = pixels.shape
+        measured = self.graphed_backward(pixels)
+        # A replay runs no hooks, by which other backward passes average them.
+        self.processes.average([p.grad for p in self.model.parameters() if p.grad is not None])
+        return measured
 
 
-def tidy(folder: Path, keep_run: bool) -> None:
-    """Remove what a killed run left half written; give another run's checkpoints a new name."""
-    for name in ("best", "latest"):
-        path = checkpoint_path(folder, name)
-        for leftover in folder.glob(f".{path.name}.*"):
-            leftover.unlink()
-        if path.exists() and not keep_run:
-            date = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S")
-            kept = path.replace(folder / f"{date}-{path.name}")
-            logger.info("%s of an earlier run is kept as %s", path.name, kept.name)
+class Validation(NamedTuple):
+    """What a validation found."""
+
+    means: dict[str, float]  # loss, bpp, psnr and, of large pictures, ms-ssim; empty if unfinished
+    pictures: list[tuple[Tensor, Tensor]]  # some x and x_hat, (3, height, width)
+    stopped: bool  # by a signal to some process
+    failures: list[str]  # such as too little memory for a picture
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    batches: Iterable[Tensor],
+    criterion: nn.Module,
+    processes: Processes,
+    stop: threading.Event,
+) -> Validation:
+    """Measure the test pictures, which the processes share, in float32."""
+    rows: list[dict[str, float | None]] = []  # one for each picture
+    shown: list[tuple[Tensor, Tensor]] = []
+    failures: list[str] = []
+    try:
+        for pixels in batches:
+            if stop.is_set():
+                break
+            count, height, width = pixels.shape[:3]
+            with utils.data_errors(f"validation on {count} picture(s) of {width}x{height}"):
+                x = as_input(pixels.to(processes.device, non_blocking=True))
+                output = model(x)
+                terms = criterion(output, x)
+                of_batch = {"loss": terms["loss"].item(), "bpp": terms["bpp_loss"].item()}
+                for original, x_hat in zip(x, output["x_hat"], strict=True):
+                    row = {**of_batch, "psnr": math.nan, "ms-ssim": None}
+                    if x_hat.isfinite().all():
+                        row["psnr"] = utils.psnr(x_hat, original)
+                        row["ms-ssim"] = utils.ms_ssim(x_hat[None], original[None])
+                        shown.append((original, x_hat))
+                    rows.append(row)
+                del shown[SHOWN_PICTURES:]
+    except DataError as error:
+        failures.append(str(error))
+    rows, failures = processes.gather(rows), processes.gather(failures)
+    stopped = any(processes.gather([stop.is_set()]))
+    means = {}
+    for key in rows[0] if rows and not failures and not stopped else ():
+        values = [row[key] for row in rows if row[key] is not None]
+        if values:
+            means[key] = statistics.fmean(values)
+    return Validation(means, shown, stopped, failures)
+
+
+def train(
+    run: state.Run,
+    take_step: Step,
+    batches: Iterator[data.Batch],
+    accumulate: int,
+    learning_rate: Callable[[int], float],
+    judge: Callable[[nn.Module], Validation],
+    total_steps: int,
+    val_every: int,
+    save_every: int,
+    log: RunLog,
+    stop: threading.Event,
+) -> bool:
+    """Train until ``total_steps`` or ``stop``, and save the last state; True if it was stopped.
+
+    Args:
+        run: goes on from where it stands.
+        batches: of which a step takes ``accumulate``.
+        learning_rate: of a step, from 0.
+        judge: validates a network.
+
+    Raises:
+        DataError: too many steps in a row were not finite, a validation failed, or the last state
+            cannot be saved.
+    """
+    bad_steps = 0
+    stopped = unsaved = False
+    judged = run.history[-1]["step"] if run.history else 0
+    while True:
+        # What is due after the last step comes first: a signal may have kept a run from it.
+        loss, failures = math.inf, []
+        is_due = run.step == total_steps or run.step % val_every == 0
+        if is_due and judged < run.step and not stopped:
+            run.model.eval()
+            means, pictures, stopped, failures = judge(run.used_model)
+            run.model.train()
+            unsaved = True
+            if means:
+                judged, loss = run.step, means["loss"]
+                run.history.append({"step": run.step, **means})
+                log.validation(means, pictures)
+        ends = bool(stopped or failures or run.step >= total_steps)
+        if unsaved and (ends or loss < run.best_loss or run.step % save_every == 0):
+            run.save(loss, must=ends)
+            unsaved = False
+        if failures:
+            advice = "use smaller test pictures or --test-batch-size 1, then --continue_train"
+            raise DataError(f"{failures[0]}; {advice} from step {run.step}")
+        if ends:
+            return stopped
+
+        start = time.perf_counter()
+        parts = [next(batches) for _ in range(accumulate)]
+        waited = time.perf_counter() - start
+        log.skipped(problem for part in parts for problem in part.problems)
+        rate = learning_rate(run.step)
+        for optimizer in run.net_optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        measured = take_step([part.pixels for part in parts], stop)
+        stopped = measured.stop
+        unsaved = True
+        if measured.is_finite:
+            bad_steps = 0
+            if run.ema:
+                run.ema.update(run.model, run.step + 1)
+        else:
+            bad_steps += 1
+            names = [name for part in parts for name in part.names if measured.suspect]
+            log.not_finite(bad_steps, names)
+            if bad_steps == MAX_BAD_STEPS:
+                raise DataError(
+                    f"{bad_steps} steps in a row were not finite, the last at step {run.step}; "
+                    "lower the learning rate, and look at the pictures that the log names"
+                )
+        run.step += 1
+        seconds = time.perf_counter() - start
+        log.step(measured, rate, seconds, waited)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    processes = Processes(args.cuda)
-    try:
+    from compressai.losses import RateDistortionLoss  # after --help, which need not wait for it
+
+    with ExitStack() as stack:
+        processes = stack.enter_context(Processes(args.cuda))
         folder = args.save_path / f"{args.lmbda:g}"
-        utils.make_folder(folder)
-        utils.setup_logging(folder / "train.log" if processes.is_first else None)
-        if not processes.is_first:
-            logger.setLevel(logging.WARNING)
-        args.checkpoint = find_checkpoint(args, folder)
-        checkpoint = checkpoint_file.load_checkpoint(args.checkpoint) if args.checkpoint else None
+        stack.enter_context(state.own_folder(folder, processes.is_first))
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-        trainer = Trainer(args, processes, folder, checkpoint)
-        if processes.is_first:
-            tidy(folder, keep_run=args.continue_train)
-        handler = signal.signal(signal.SIGTERM, lambda *_: trainer.request_stop())
-        try:
-            trainer.run()
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-    finally:
-        processes.close()
+
+        source = state.find_checkpoint(folder, args.checkpoint, args.continue_train)
+        checkpoint = load_checkpoint(source) if source else None
+        workers = data.capped_workers(args.num_workers, processes.local_world_size)
+        pictures, test_pictures = data.open_dataset(args.dataset, args.cache, processes)
+        global_batch = args.batch_size * args.accumulate * processes.world_size
+        epoch_steps = len(pictures) / global_batch
+        total_steps = args.max_steps or math.ceil(args.epochs * epoch_steps)
+
+        utils.seed_everything(args.seed)
+        wanted = {"model": args.model, "N": args.N, "M": args.M}
+        name, model = state.build_model(wanted, checkpoint, source, processes.device)
+        rates = args.learning_rate, args.aux_learning_rate
+        optimizers = make_optimizers(model, args.optimizer, *rates)
+        flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        save_folder = folder if args.save and processes.is_first else None
+        run = state.Run(
+            name, model, *optimizers, flags, global_batch, epoch_steps, args.ema, save_folder
+        )
+        if checkpoint is not None and args.continue_train:
+            run.restore(checkpoint, source)
+        state.prepare_transforms(model, processes, args.grad_checkpoint, args.compile)
+        criterion = RateDistortionLoss(args.lmbda, metric=args.type)
+        amp, clip = args.amp is not None, args.clip_max_norm or math.inf
+        step = Step(model, criterion, *optimizers, processes, amp, clip, args.cuda_graph)
+        run.keep_earlier_checkpoints()  # under other names, now that all processes have read them
+
+        crops = data.Crops(pictures, args.patch_size, args.seed)
+        start = run.step * args.accumulate
+        sampler = data.CropSampler(
+            len(pictures), args.batch_size, args.seed, start, *processes.place
+        )
+        batches = stack.enter_context(data.training_batches(crops, sampler, workers, args.cuda))
+        min_side = utils.MS_SSIM_MIN_SIDE if args.type == "ms-ssim" else 1
+        test_batches = data.WholePictures(
+            test_pictures, args.test_batch_size, workers, *processes.place, min_side
+        )
+
+        stop = stack.enter_context(state.sigterm())
+
+        def judge(network: nn.Module) -> Validation:
+            # Nothing is worth compiling or tuning for sizes that vary from picture to picture.
+            eager = torch.compiler.set_stance("force_eager") if args.compile else nullcontext()
+            with eager, torch.backends.cudnn.flags(benchmark=False):
+                return validate(network, test_batches, criterion, processes, stop)
+
+        def learning_rate(step: int) -> float:
+            milestones = [epoch * epoch_steps for epoch in args.lr_epoch]
+            factor = lr_factor(step, args.schedule, total_steps, milestones, args.warmup_steps)
+            return args.learning_rate * factor
+
+        log = stack.enter_context(RunLog(folder, run, total_steps, args.log_every, processes))
+        stopped = train(
+            run,
+            step,
+            batches,
+            args.accumulate,
+            learning_rate,
+            judge,
+            total_steps,
+            args.val_every or math.ceil(epoch_steps),
+            args.save_every or math.ceil(epoch_steps),
+            log,
+            stop,
+        )
+    logger.info("%s at step %d", "stopped by SIGTERM" if stopped else "done", run.step)
 
 
 if __name__ == "__main__":

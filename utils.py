@@ -1,30 +1,41 @@
-"""What the programs share: errors, pictures, metrics, files, logging."""
+"""What the programs share: errors, logging, devices, pictures, metrics and files.
+
+It imports nothing else of this project, and PyTorch and NumPy only where a function computes with
+them: they take seconds to import, which a program should not spend on a misspelt flag.
+"""
+
+from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import math
 import os
 import platform
 import random
+import secrets
+import signal
+import stat
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
-from pytorch_msssim import ms_ssim as _ms_ssim
-from torch import Tensor
+from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 logger = logging.getLogger("mambavc")
 
 MS_SSIM_MIN_SIDE = 161  # four halvings of an 11-pixel window: (11 - 1) * 2**4 + 1
+# A colour profile that moves no sample by more levels than this is sRGB by another name.
+MAX_PROFILE_DIFFERENCE = 2
 
 
 class UsageError(Exception):
@@ -36,21 +47,53 @@ class DataError(Exception):
 
 
 def run_main(main: Callable[[], None]) -> None:
-    """Run a script's main function; expected errors become one line and an exit code."""
+    """Run a program's main function; expected errors become one line and an exit code."""
+    # Ended like this, and not at once, the program removes its temporary files.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # File names may hold bytes that the output's encoding has no character for.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except UsageError as error:
         sys.exit(_fail(error, 2))
     except DataError as error:
         sys.exit(_fail(error, 1))
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted", 130))
+        sys.exit(_fail("interrupted", 128 + signal.SIGINT))
+    except BrokenPipeError:
+        # Whoever read our output has seen enough. Python flushes once more as it ends, which must
+        # not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
 
 
 def _fail(message: object, code: int) -> int:
     if os.environ.get("RANK", "0") == "0":  # of processes that torchrun started, one speaks
         print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     return code
+
+
+@contextlib.contextmanager
+def data_errors(name: object) -> Iterator[None]:
+    """Say which input the network or the file format cannot handle, and why.
+
+    Raises:
+        DataError: in place of a ValueError (a `BitstreamError` is one) and of the errors that
+            stand for too little memory.
+    """
+    try:
+        yield
+    except (ValueError, DataError) as error:
+        raise DataError(f"{name}: {error}") from None
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch's allocators raise RuntimeErrors, and oneDNN speaks of a primitive.
+        signs = ("memory", "could not create a primitive")
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):
+            raise
+        raise DataError(f"{name}: not enough memory for a picture of this size") from None
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -60,12 +103,28 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
-def positive_int(text: str) -> int:
-    """argparse type: an integer of at least 1."""
-    with contextlib.suppress(ValueError):
-        if int(text) >= 1:
-            return int(text)
-    raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+def number(
+    kind: type, least: float, below: float = math.inf, exclusive: bool = False
+) -> Callable[[str], float]:
+    """argparse type: an int or float from ``least``, or above it if ``exclusive``, to ``below``.
+
+    Neither ``below`` nor infinity nor NaN is part of the range.
+    """
+
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if least <= value < below and not (exclusive and value == least):
+                return value
+        limit = f"{'above' if exclusive else 'of at least'} {least}"
+        limit += f" and below {below}" if below < math.inf else ""
+        name = "an integer" if kind is int else "a number"
+        raise argparse.ArgumentTypeError(f"expected {name} {limit}, got {text!r}")
+
+    return parse
+
+
+positive_int = number(int, 1)
 
 
 def setup_logging(file: Path | None = None) -> None:
@@ -77,7 +136,7 @@ def setup_logging(file: Path | None = None) -> None:
         handler.close()
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if file is not None:
-        handlers.append(logging.FileHandler(file))
+        handlers.append(logging.FileHandler(file, encoding="utf-8", errors="backslashreplace"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
@@ -89,6 +148,8 @@ def select_device(cuda: bool) -> torch.device:
     Raises:
         UsageError: a GPU was asked for and there is none.
     """
+    import torch
+
     if not cuda:
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -108,64 +169,75 @@ def cpu_name() -> str:
 def clock(device: torch.device) -> float:
     """Seconds of a steady clock, once the device has finished what it was given."""
     if device.type == "cuda":
+        import torch
+
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and PyTorch on all devices."""
+    import numpy as np
+    import torch
+
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002, libraries draw from the legacy generator
     torch.manual_seed(seed)
 
 
-# Images
-
-
 def list_images(folder: Path) -> list[Path]:
-    """Files of a folder that Pillow has a reader for, by their ending, sorted.
+    """Files of a folder whose endings stand for formats that Pillow can read, sorted.
 
     Raises:
         UsageError: the folder is missing or holds no images.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; give one that holds images")
-    endings = Image.registered_extensions()
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in endings and p.is_file())
+    formats = Image.registered_extensions()
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if formats.get(path.suffix.lower()) in Image.OPEN and path.is_file()
+    )
     if not files:
         raise UsageError(f"no images in {folder}; expected PNG, JPEG or another Pillow format")
     return files
 
 
 def read_image(
-    source: Path | str | BinaryIO, *, name: object = None, max_pixels: int | None = None
+    source: Path | str | BinaryIO,
+    *,
+    name: object = None,
+    check_size: Callable[[int, int], None] | None = None,
+    report: Callable[[str], None] | None = None,
 ) -> Image.Image:
-    """Read a picture as 8-bit RGB, upright.
+    """Read a picture as 8-bit sRGB, upright.
 
-    The EXIF orientation is applied. Grey is repeated, palettes are looked up, transparency is
-    laid over white. 16-bit grey samples are divided by 257 and rounded; of 16-bit colour samples
-    Pillow keeps the high byte. Of an animation the first picture is read.
+    The EXIF orientation is applied. Colours of another profile are converted to sRGB. Grey is
+    repeated, palettes are looked up, transparency is laid over white. 16-bit grey samples are
+    divided by 257 and rounded; of 16-bit colour samples Pillow keeps the high byte. Of an
+    animation the first picture is read.
 
     Args:
         source: path or file object.
-        name: how error messages call it, by default its path.
-        max_pixels: refuse larger pictures before they are decoded.
+        name: how messages call it, by default its path.
+        check_size: called with height and width before any pixel is decoded; a ValueError or
+            DataError that it raises refuses the picture.
+        report: called with one line where the colours were converted, or could not be.
 
     Raises:
-        DataError: the file cannot be read as a picture, or it is too large.
+        DataError: the file cannot be read as a picture, or it was refused.
     """
     name = source if name is None else name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about metadata and large pictures
             with Image.open(source) as image:
-                pixels = image.width * image.height
-                if max_pixels is not None and pixels > max_pixels:
-                    raise DataError(
-                        f"{name}: a picture of {image.width}x{image.height} pixels is too large; "
-                        f"at most {max_pixels} pixels are supported"
-                    )
+                if check_size is not None:
+                    with data_errors(name):
+                        check_size(image.height, image.width)
                 image.load()
+                file_format, profile = image.format, image.info.get("icc_profile")
                 image = ImageOps.exif_transpose(image)
     except DataError:
         raise
@@ -174,20 +246,67 @@ def read_image(
     except Exception as error:  # Pillow's readers raise many types for damaged files
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(f"cannot read {name} as a picture: {reason}") from None
-    if image.mode == "F":
-        raise DataError(f"{name} has floating-point samples; expected 8- or 16-bit integers")
+    # Mode I holds the 16-bit samples of a PGM, and, with older versions of Pillow, of a PNG.
+    if image.mode == "F" or (image.mode == "I" and file_format not in ("PNG", "PPM")):
+        raise DataError(
+            f"{name} has floating-point, signed or 32-bit samples, whose white is unknown; "
+            "expected unsigned integers of at most 16 bits"
+        )
+    grey = image.mode.startswith(("1", "L", "I")) and image.mode != "LAB"
+    opacity = None
     if image.mode.startswith("I"):
-        samples = np.asarray(image, dtype=np.float64) / 257
-        return Image.fromarray(samples.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
+        image = _to_8_bits(image)
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+        opacity = image.getchannel("A")
+    if grey or image.mode != "CMYK":
+        image = image.convert("L" if grey else "RGB")
+    image, note = _to_srgb(image, profile)
+    if note and report is not None:
+        report(f"{name}: {note}")
+    if opacity is not None:
+        image = Image.composite(image, Image.new("RGB", image.size, "white"), opacity)
+    image.info.pop("icc_profile", None)  # which a saved copy would still claim to be in
+    return image
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    import numpy as np
+
+    samples = np.asarray(image, dtype=np.float64) / 257
+    return Image.fromarray(samples.round().clip(0, 255).astype(np.uint8))
+
+
+def _to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str | None]:
+    """A grey, RGB or CMYK picture of this ICC profile in sRGB; what was done, if anything."""
+    plain = image.convert("RGB")
+    if not profile:
+        return plain, None
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        converted = ImageCms.profileToProfile(
+            # Grey pictures, too, may come with the profile of an RGB one.
+            plain if source.profile.xcolor_space.strip() == "RGB" else image,
+            source,
+            ImageCms.createProfile("sRGB"),
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            outputMode="RGB",
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+        description = " ".join(ImageCms.getProfileDescription(source).split())
+    except (ImageCms.PyCMSError, OSError, ImportError) as error:
+        return plain, f"its colour profile cannot be used and is ignored ({error})"
+    extrema = ImageChops.difference(plain, converted).getextrema()
+    if max(high for _, high in extrema) <= MAX_PROFILE_DIFFERENCE:
+        return plain, None
+    return converted, f"colours converted to sRGB from the profile {description!r}"
 
 
 def to_tensor(image: Image.Image) -> Tensor:
     """8-bit RGB picture as float32 (3, height, width) in [0, 1]."""
+    import numpy as np
+    import torch
+
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
 
 
@@ -197,11 +316,16 @@ def to_image(x: Tensor) -> Image.Image:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Values in [0, 1] as the 8-bit samples a PNG would hold."""
+    """Values in [0, 1] as the 8-bit samples a PNG would hold.
+
+    Raises:
+        DataError: a value is not finite: no sample stands for it.
+    """
+    import torch
+
+    if not x.isfinite().all():
+        raise DataError("the network's picture has values that are not finite; check its weights")
     return x.mul(255).round().clamp(0, 255).to(torch.uint8)
-
-
-# Metrics
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
@@ -210,7 +334,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
     Args:
         a, b: same shape, in [0, 1]. Identical pictures give infinity.
     """
-    mse = F.mse_loss(to_uint8(a).double(), to_uint8(b).double()).item()
+    mse = (to_uint8(a).double() - to_uint8(b).double()).square().mean().item()
     return 10 * math.log10(255**2 / mse) if mse else math.inf
 
 
@@ -219,9 +343,11 @@ def ms_ssim(a: Tensor, b: Tensor) -> float | None:
 
     None where a side is under 161 pixels, which five scales of an 11-pixel window need.
     """
+    from pytorch_msssim import ms_ssim
+
     if min(a.shape[-2:]) < MS_SSIM_MIN_SIDE:
         return None
-    return _ms_ssim(to_uint8(a).float(), to_uint8(b).float(), data_range=255).item()
+    return ms_ssim(to_uint8(a).float(), to_uint8(b).float(), data_range=255).item()
 
 
 def ms_ssim_db(value: float) -> float:
@@ -232,9 +358,6 @@ def ms_ssim_db(value: float) -> float:
 def estimated_bpp(likelihoods: dict[str, Tensor], num_pixels: int) -> float:
     """Bits per pixel of the picture that ideal coding with these likelihoods would take."""
     return sum(-v.double().log2().sum().item() for v in likelihoods.values()) / num_pixels
-
-
-# Files
 
 
 def make_folder(folder: Path) -> None:
@@ -253,40 +376,55 @@ def make_folder(folder: Path) -> None:
         ) from None
 
 
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; what is written there takes its place on success.
-
-    A process that dies on the way leaves the old file as it was.
-    """
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def check_output(path: Path) -> None:
     """Make sure that a file can be written there, before the work whose result it takes.
 
     Raises:
         UsageError: it cannot.
     """
-    if not path.parent.is_dir():
-        raise UsageError(f"cannot write {path}: folder {path.parent} does not exist; create it")
-    if path.is_dir():
-        raise UsageError(f"cannot write {path}: it is a folder; give the name of a file")
-    make_folder(path.parent)
+    folder = Path(os.path.realpath(path)).parent if os.path.islink(path) else path.parent
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        if not folder.is_dir():
+            raise UsageError(
+                f"cannot write {path}: folder {folder} does not exist; create it"
+            ) from None
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}; choose another name") from None
+    else:
+        if stat.S_ISDIR(mode):
+            raise UsageError(f"cannot write {path}: it is a folder; give the name of a file")
+        if not os.access(path, os.W_OK):
+            raise UsageError(f"cannot write {path}: Permission denied; choose another name")
+        if not stat.S_ISREG(mode):
+            return
+    make_folder(folder)
 
 
-def mean(values: Sequence[float]) -> float:
-    """Arithmetic mean of at least one value."""
-    return sum(values) / len(values)
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; what is written there takes its place on success.
+
+    A process that dies on the way leaves the old file as it was. The new file has the old one's
+    permissions. Of a symbolic link the file that it leads to is replaced. What is no regular
+    file, such as a device or a named pipe, cannot be replaced: its own path is yielded.
+    """
+    exists = path.exists()
+    if exists and not path.is_file():
+        yield path
+        return
+    path = Path(os.path.realpath(path))
+    # Names have at most 255 bytes; a character takes up to four.
+    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}")
+    permissions = 0o600 if exists else 0o666  # less what the user's umask takes away
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, permissions))
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        if exists:
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

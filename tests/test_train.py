@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from compressai.losses import RateDistortionLoss
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.layers import DropPath
@@ -20,9 +21,8 @@ import train
 import utils
 from models import checkpoint as checkpoint_file
 from train import main
-from training import engine
+from training import data as training_data
 from training.distributed import GlobalDraws, Processes
-from training.engine import Trainer
 from utils import DataError, UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -203,15 +203,16 @@ def test_run_goes_on_on_another_kind_of_device(flags, tmp_path):
 def test_sigterm_saves_and_ends_the_run_well(flags, tmp_path, monkeypatch, val_every):
     """Also where it comes in place of a validation, which is then made up for."""
     main(flags("whole", "--val-every", val_every))
-    step = Trainer._train_step
+    take_step, calls = train.Step.__call__, []
 
-    def step_and_signal(trainer):
-        if trainer.step == 1:
+    def step_and_signal(step, *args):
+        calls.append(step)
+        if len(calls) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
-        return step(trainer)
+        return take_step(step, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", step_and_signal)
+        patch.setattr(train.Step, "__call__", step_and_signal)
         main(flags("stopped", "--val-every", val_every))  # returns: exit code 0
     assert load(tmp_path / "stopped")["step"] == 2
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -227,12 +228,10 @@ def test_workers_cache_and_recomputation_change_nothing(flags, tmp_path):
 
 # How gradients are averaged beside CUDA graphs, without a GPU to capture one.
 AS_WITH_GRAPHS = """
-from training import engine
 import train, utils
 
-def capture(trainer, x):
-    trainer.captured = True
-engine.Trainer._capture = capture
+train.GraphedGradients = lambda function, parameters, example: function
+train.GraphedUpdate = lambda optimizers: lambda: [each.step() for each in optimizers]
 
 parse_args = train.parse_args
 def with_graphs(argv=None):
@@ -398,7 +397,7 @@ def test_published_command_line_is_accepted():
 
 
 def test_workers_are_capped_with_one_line(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(engine, "available_cpus", lambda: 1)
+    monkeypatch.setattr(training_data, "available_cpus", lambda processes: 1)
     main(flags("run", "-n", "128", "--no-save", steps=1))
     log = (tmp_path / "run" / "0.05" / "train.log").read_text()
     assert log.count("1 workers in place of 128") == 1
@@ -407,7 +406,7 @@ def test_workers_are_capped_with_one_line(flags, tmp_path, monkeypatch):
 
 def poison(monkeypatch, is_bad):
     """Make the loss of the n-th batch (from 0) NaN where is_bad(n)."""
-    forward, count = engine.RateDistortionLoss.forward, iter(range(1000))
+    forward, count = RateDistortionLoss.forward, iter(range(1000))
 
     def poisoned(criterion, output, target):
         terms = forward(criterion, output, target)
@@ -415,7 +414,7 @@ def poison(monkeypatch, is_bad):
             terms["loss"] = terms["loss"] * math.nan
         return terms
 
-    monkeypatch.setattr(engine.RateDistortionLoss, "forward", poisoned)
+    monkeypatch.setattr(RateDistortionLoss, "forward", poisoned)
 
 
 def test_step_that_is_not_finite_is_skipped_and_its_files_named(flags, tmp_path, monkeypatch):
@@ -480,7 +479,12 @@ def test_best_checkpoint_survives_a_disk_that_was_full_for_the_latest(flags, tmp
         save(state, file)
 
     monkeypatch.setattr(torch, "save", fill_disk)
-    monkeypatch.setattr(Trainer, "_validate", lambda trainer: next(losses))
+
+    def validate(*_):
+        means = {"loss": next(losses), "bpp": 1.0, "psnr": 30.0}
+        return train.Validation(means, [], stopped=False, failures=[])
+
+    monkeypatch.setattr(train, "validate", validate)
     main(flags("run", "--val-every", "1", steps=3))
     assert load(tmp_path / "run", "best")["step"] == 1
     assert (load(tmp_path / "run")["step"], load(tmp_path / "run")["best_loss"]) == (3, 8.0)
@@ -490,10 +494,10 @@ def test_best_checkpoint_survives_a_disk_that_was_full_for_the_latest(flags, tmp
     ("options", "message"),
     [
         (["--batch-size", "0"], "expected an integer of at least 1, got '0'"),
-        (["--lambda", "x"], "expected float, above 0, got 'x'"),
-        (["--lambda", "0"], "expected float, above 0, got '0'"),
-        (["--seed", "4294967296"], "expected int, at least 0 and below 4294967296"),
-        (["--cuda", "--cuda-graph", "--grad-checkpoint"], "neither with --grad-checkpoint"),
+        (["--lambda", "x"], "expected a number above 0, got 'x'"),
+        (["--lambda", "0"], "expected a number above 0, got '0'"),
+        (["--seed", "4294967296"], "expected an integer of at least 0 and below 4294967296"),
+        (["--cuda", "--cuda-graph", "--grad-checkpoint"], "no --accumulate or --grad-checkpoint"),
         (["--ema", "1"], "below 1, got '1'"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--model", "nothing"], "invalid choice: 'nothing'"),
@@ -538,11 +542,11 @@ def test_folder_without_readable_pictures_is_a_usage_error(flags, data, tmp_path
         main(flags("run", "-d", str(root)))
 
 
-def test_more_processes_than_pictures_is_a_usage_error(flags, tmp_path):
+def test_more_processes_than_pictures_is_a_usage_error(data):
     processes = Processes(cuda=False)
     processes.world_size = NUM_TRAIN + 1
     with pytest.raises(UsageError, match="5 training pictures leave some of 6 processes empty"):
-        Trainer(train.parse_args(flags("run")), processes, tmp_path, None)
+        training_data.open_dataset(data, cache=False, processes=processes)
 
 
 def test_run_does_not_go_on_with_another_batch_or_optimizer(flags):

@@ -12,8 +12,7 @@ from training.data import (
     Crops,
     CropSampler,
     Pictures,
-    TestPictures,
-    end_workers,
+    WholePictures,
     pad_to,
     training_batches,
 )
@@ -123,15 +122,12 @@ def test_training_batches_follow_the_sampler(files, workers):
     crops = Crops(Pictures(files), (16, 24), seed=0)
     sampler = CropSampler(len(files), batch_size=3, seed=0, start=1)
     random_state = torch.get_rng_state()
-    batches = training_batches(crops, sampler, workers, pin_memory=False)
-    try:
+    with training_batches(crops, sampler, workers, pin_memory=False) as batches:
         for keys, batch in itertools.islice(zip(sampler, batches, strict=False), 4):
             assert batch.pixels.shape == (3, 16, 24, 3)
             assert batch.pixels.dtype == torch.uint8
             assert torch.equal(batch.pixels, torch.stack([crops[key].pixels for key in keys]))
             assert batch.names == [files[index].name for _, index in keys]
-    finally:
-        end_workers(batches)
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
@@ -139,7 +135,7 @@ def test_test_pictures_are_whole_and_grouped_by_size(tmp_path):
     sizes = [(20, 30), (20, 30), (20, 30), (30, 20), (20, 30)]
     files = write_pictures(tmp_path / "pictures", sizes)
     files[4].write_bytes(b"no picture")
-    test_pictures = TestPictures(Pictures(files), batch_size=2, workers=0)
+    test_pictures = WholePictures(Pictures(files), batch_size=2, workers=0)
     batches = list(test_pictures)
     assert [tuple(b.shape) for b in batches] == [(2, 20, 30, 3), (1, 20, 30, 3), (1, 30, 20, 3)]
     assert len(test_pictures.problems) == 1
@@ -149,7 +145,7 @@ def test_test_pictures_are_whole_and_grouped_by_size(tmp_path):
 
 def test_test_pictures_are_shared_by_processes_and_padded(files):
     shares = [
-        list(TestPictures(Pictures(files), 1, workers=0, rank=r, world_size=7, min_side=35))
+        list(WholePictures(Pictures(files), 1, workers=0, rank=r, world_size=7, min_side=35))
         for r in range(7)
     ]
     assert [len(share) for share in shares] == [1, 1, 1, 1, 1, 0, 0]

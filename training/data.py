@@ -1,7 +1,9 @@
 """Training crops and test pictures: read, crop, flip, shard, resume, cache."""
 
+import contextlib
 import functools
 import itertools
+import logging
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -15,7 +17,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import utils
+from training.distributed import Processes
 from utils import DataError, UsageError
+
+logger = logging.getLogger("mambavc")
 
 
 class Crop(NamedTuple):
@@ -197,12 +202,12 @@ def _collate(crops: Sequence[Crop]) -> Batch:
 
 def _start_worker(worker: int) -> None:
     # A signal to the process group is for the main process, which first saves its run. It then has
-    # to call `end_workers`, or it would wait for its workers forever.
+    # to call `_end_workers`, or it would wait for its workers forever.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def end_workers(batches: Iterator) -> None:
+def _end_workers(batches: Iterator) -> None:
     """End the processes behind a DataLoader's iterator."""
     if hasattr(batches, "_shutdown_workers"):
         batches._shutdown_workers()
@@ -221,18 +226,23 @@ def _loader(dataset: Dataset, workers: int, **kwargs) -> DataLoader:
     )
 
 
+@contextlib.contextmanager
 def training_batches(
     crops: Crops, sampler: CropSampler, workers: int, pin_memory: bool
-) -> Iterator[Batch]:
-    """Endless training batches, read ahead by worker processes (0: none) until `end_workers`."""
+) -> Iterator[Iterator[Batch]]:
+    """Endless training batches, read ahead by worker processes (0: none) inside this context."""
     loader = _loader(
         crops, workers, batch_sampler=sampler, collate_fn=_collate, pin_memory=pin_memory
     )
-    return iter(loader)
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        _end_workers(batches)
 
 
-class TestPictures:
-    """Whole test pictures in batches of one size.
+class WholePictures:
+    """Whole pictures in batches of one size.
 
     Args:
         pictures: where they come from.
@@ -241,8 +251,6 @@ class TestPictures:
         rank, world_size: every ``world_size``-th picture belongs to this process.
         min_side: smaller pictures are padded by reflection.
     """
-
-    __test__ = False  # its name is no test's
 
     def __init__(
         self,
@@ -282,9 +290,42 @@ class TestPictures:
             if batch:
                 yield torch.from_numpy(np.stack(batch))
         finally:
-            end_workers(pictures)
+            _end_workers(pictures)
 
 
-def available_cpus() -> int:
-    """CPUs that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def open_dataset(root: Path, cache: bool, processes: Processes) -> tuple[Pictures, Pictures]:
+    """The pictures in the folders ``train`` and ``test``.
+
+    Args:
+        root: of the two folders.
+        cache: decode all of them now and keep them in memory.
+        processes: each of which needs a training picture at least.
+
+    Raises:
+        UsageError: a folder is missing, or has too few pictures that can be read.
+    """
+    threads = available_cpus(processes.local_world_size) if cache else 0
+    train, test = (Pictures(utils.list_images(root / part), threads) for part in ("train", "test"))
+    for problem in [*train.problems, *test.problems]:
+        logger.warning("skipped: %s", problem)
+    if len(train) < processes.world_size:
+        raise UsageError(
+            f"{len(train)} training pictures leave some of {processes.world_size} processes "
+            f"empty; add pictures or use --nproc_per_node={len(train)}"
+        )
+    logger.info("%d training and %d test pictures", len(train), len(test))
+    return train, test
+
+
+def capped_workers(wanted: int, local_world_size: int) -> int:
+    """Worker processes for one of a machine's processes: as wanted, but at most its CPUs."""
+    workers = min(wanted, available_cpus(local_world_size))
+    if workers < wanted:
+        logger.info("%d workers in place of %d: CPUs per process", workers, wanted)
+    return workers
+
+
+def available_cpus(processes: int) -> int:
+    """CPUs for each of the processes that share those which this one may run on, at least 1."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    return max((len(allowed) if allowed else os.cpu_count() or 1) // processes, 1)

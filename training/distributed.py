@@ -49,14 +49,33 @@ class Processes:
         if self.world_size > 1:
             dist.init_process_group("nccl" if cuda else "gloo")
 
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Rank and world size."""
+        return self.rank, self.world_size
+
     @property
     def is_first(self) -> bool:
         """Whether this is the one process that writes and speaks."""
         return self.rank == 0
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model with gradients averaged over all processes."""
+    def wrap(self, model: nn.Module, average: bool = True) -> nn.Module:
+        """The model with the first process's weights, and gradients averaged over all processes.
+
+        Args:
+            average: by hooks in each backward pass; without them `average` has to be called.
+        """
         if self.world_size == 1:
+            return model
+        if not average:
+            self.share([p.detach() for p in model.parameters()])
             return model
         # The buffers are constants. PyTorch 2.14 gave the argument a new name.
         known = inspect.signature(DistributedDataParallel).parameters
@@ -100,10 +119,6 @@ class Processes:
         if self.world_size == 1:
             return contextlib.nullcontext()
         return GlobalDraws(self.rank, self.world_size)
-
-    def close(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 class GlobalDraws(TorchFunctionMode):

@@ -1,48 +1,102 @@
-"""What a run reports: TensorBoard events, and means of what its steps measured."""
+"""What a run reports: log lines, a progress bar, TensorBoard events."""
 
 import contextlib
 import logging
+import math
+import statistics
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from matplotlib.figure import Figure
+import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from training.distributed import Processes
+from training.state import Run
 
 logger = logging.getLogger("mambavc")
 
-
-class Meter:
-    """Means of the quantities that steps measure, since they were last asked for."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, list[float]] = defaultdict(list)
-
-    def add(self, values: Mapping[str, float]) -> None:
-        for key, value in values.items():
-            self._values[key].append(value)
-
-    def pop(self) -> dict[str, float]:
-        """The means, of each quantity over the steps that measured it; starts over."""
-        means = {key: sum(values) / len(values) for key, values in self._values.items()}
-        self._values.clear()
-        return means
+SHOWN_SIDE = 256  # pixels of a test picture's middle among the events
 
 
-class Events:
-    """TensorBoard events of a run. A disk that is full ends them with one line, not the run.
+class Measured(NamedTuple):
+    """What a step measured: means over all its crops, on all processes."""
+
+    loss: float
+    bpp: float
+    mse: float  # of values in [0, 1]
+    grad_norm: float  # before clipping
+    is_finite: bool  # else the step was skipped
+    suspect: bool  # it was skipped, and crops of this process may be why
+    stop: bool  # a process wants to stop
+
+
+class RunLog:
+    """Log lines, a progress bar and TensorBoard events of a run, inside this context.
+
+    A disk that is full ends the events with one line, not the run.
 
     Args:
-        folder: where they go; None writes nothing.
-        step: first step of this process; events of a killed run beyond it are hidden.
+        folder: where events go; those of a killed run beyond the step of ``run`` are hidden.
+        run: at its start.
+        total_steps: length of the run.
+        every: steps between two lines.
+        processes: of which the first speaks.
     """
 
-    def __init__(self, folder: Path | None, step: int):
-        self._writer: SummaryWriter | None = None
+    def __init__(self, folder: Path, run: Run, total_steps: int, every: int, processes: Processes):
+        self.run = run
+        self.total_steps = total_steps
+        self.every = every
+        self.processes = processes
+        self._values: dict[str, list[float]] = defaultdict(list)  # of steps since the last line
+        self._known_problems: set[str] = set()
+        self._writer = None
         with self._guard():
-            if folder is not None:
-                self._writer = SummaryWriter(str(folder), purge_step=step or None)
+            if processes.is_first:
+                from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+                self._writer = SummaryWriter(str(folder), purge_step=run.step or None)
+        quiet = None if processes.is_first else True  # None: unless it writes to a terminal
+        self._bar = tqdm(total=total_steps, initial=run.step, unit="step", disable=quiet)
+        self._redirection = logging_redirect_tqdm([logger])  # lines go above the bar
+
+    def __enter__(self) -> "RunLog":
+        self._redirection.__enter__()
+        run, device = self.run, self.processes.device
+        judged = run.history[-1]["step"] if run.history else 0
+        if run.step > self.total_steps or run.step == self.total_steps == judged:
+            logger.info(
+                "nothing to do: the run has taken %d of %d steps; give a larger --max-steps or "
+                "--epochs to make it longer",
+                run.step,
+                self.total_steps,
+            )
+            return self
+        logger.info(
+            "%s, %.2f M parameters, steps %d to %d of %d crops: "
+            "%d process(es) x batch %d x %d, on %s",
+            run.model_name,
+            sum(p.numel() for p in run.model.parameters()) / 1e6,
+            run.step,
+            self.total_steps,
+            run.global_batch,
+            self.processes.world_size,
+            run.flags["batch_size"],
+            run.flags["accumulate"],
+            torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
+        )
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+        self._redirection.__exit__(*error)
+        with self._guard():
+            if self._writer is not None:
+                self._writer.close()
 
     @contextlib.contextmanager
     def _guard(self) -> Iterator[None]:
@@ -52,38 +106,109 @@ class Events:
             logger.error("no more TensorBoard events in this run: %s", error)
             self._writer = None
 
-    def scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
-        with self._guard():
-            for key, value in values.items():
-                if self._writer is not None:
-                    self._writer.add_scalar(f"{group}/{key}", value, step)
+    def skipped(self, problems: Iterable[str]) -> None:
+        """Name each unreadable file once."""
+        for problem in problems:
+            if problem not in self._known_problems:
+                self._known_problems.add(problem)
+                logger.warning("skipped: %s", problem)
 
-    def pictures(self, pictures: Sequence[tuple[Tensor, Tensor]], step: int) -> None:
-        """Write pairs (x, x_hat) of (3, height, width) in [0, 1]; x only once, at the start."""
-        with self._guard():
-            for i, (x, x_hat) in enumerate(pictures):
-                if self._writer is not None:
-                    self._writer.add_image(f"original/{i}", x, 0)
-                    self._writer.add_image(f"reconstruction/{i}", x_hat.clamp(0, 1), step)
+    def not_finite(self, count: int, names: list[str]) -> None:
+        """Name the files that may be why the step, ``count`` in a row, is skipped."""
+        files = ", ".join(self.processes.gather(names))
+        message = "step %d is not finite and is skipped (%d in a row): %s"
+        logger.warning(message, self.run.step, count, files)
 
-    def rate_distortion(self, history: Sequence[Mapping[str, float]], step: int) -> None:
-        """Draw bpp against PSNR of every validation so far."""
-        figure = Figure(figsize=(5, 4), layout="constrained")
-        axes = figure.add_subplot(
-            xlabel="bits per pixel (estimated)", ylabel="PSNR (dB)", title="validation"
+    def step(self, measured: Measured, lr: float, seconds: float, waited: float) -> None:
+        """Note a step at learning rate ``lr``; write a line where one is due.
+
+        Args:
+            seconds, waited: how long it took, and how much of that it waited for data.
+        """
+        values = {"step_seconds": seconds, "data_wait": waited / seconds}
+        if measured.is_finite:
+            psnr = -10 * math.log10(measured.mse) if measured.mse else math.inf
+            quality = {"loss": measured.loss, "bpp": measured.bpp, "psnr": psnr}
+            self._bar.set_postfix(quality)
+            values |= {**quality, "grad_norm": measured.grad_norm}
+        for key, value in values.items():
+            self._values[key].append(value)
+        self._bar.update()
+        step = self.run.step
+        if measured.stop or step == self.total_steps or step % self.every == 0:
+            means = {key: statistics.fmean(values) for key, values in self._values.items()}
+            self._values.clear()
+            self._line({**means, "lr": lr})
+
+    def _line(self, means: dict[str, float]) -> None:
+        run, device = self.run, self.processes.device
+        means["images_per_second"] = run.global_batch / means["step_seconds"]
+        memory = ""
+        if device.type == "cuda":
+            means["gpu_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+            memory = f" memory {means['gpu_gib']:.1f} GiB"
+        self._scalars("train", means)
+        quality = " ".join(f"{k} {means[k]:.4f}" for k in ("loss", "bpp", "psnr") if k in means)
+        logger.info(
+            "step %d/%d epoch %.2f %s lr %.2e %.3f s/step %.1f images/s data wait %.0f%%%s",
+            run.step,
+            self.total_steps,
+            run.step / run.epoch_steps,
+            quality,
+            means["lr"],
+            means["step_seconds"],
+            means["images_per_second"],
+            100 * means["data_wait"],
+            memory,
         )
-        points = axes.scatter(
-            [entry["bpp"] for entry in history],
-            [entry["psnr"] for entry in history],
-            c=[entry["step"] for entry in history],
-        )
-        figure.colorbar(points, label="step")
+
+    def validation(
+        self, means: Mapping[str, float], pictures: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        """Report a validation, and bpp and PSNR of all in the run's history.
+
+        Args:
+            means: of loss, bpp, psnr and perhaps ms-ssim.
+            pictures: pairs (x, x_hat) of (3, height, width) in [0, 1]; x is written only once.
+        """
+        step = self.run.step
+        values = " ".join(f"{key} {value:.4f}" for key, value in means.items())
+        best = " (best)" if means["loss"] < self.run.best_loss else ""
+        logger.info("validation at step %d: %s%s", step, values, best)
+        self._scalars("validation", means)
         with self._guard():
             if self._writer is not None:
+                for i, (x, x_hat) in enumerate(pictures):
+                    self._writer.add_image(f"original/{i}", _center(x), 0)
+                    self._writer.add_image(f"reconstruction/{i}", _center(x_hat).clamp(0, 1), step)
+                figure = _rate_distortion(self.run.history)
                 self._writer.add_figure("rate-distortion", figure, step)
                 self._writer.flush()
 
-    def close(self) -> None:
+    def _scalars(self, group: str, values: Mapping[str, float]) -> None:
         with self._guard():
             if self._writer is not None:
-                self._writer.close()
+                for key, value in values.items():
+                    self._writer.add_scalar(f"{group}/{key}", value, self.run.step)
+
+
+def _center(x: Tensor) -> Tensor:
+    top, left = (max(size - SHOWN_SIDE, 0) // 2 for size in x.shape[-2:])
+    return x[:, top : top + SHOWN_SIDE, left : left + SHOWN_SIDE]
+
+
+def _rate_distortion(history: Sequence[Mapping[str, float]]):
+    """Matplotlib figure of bpp against PSNR."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="bits per pixel (estimated)", ylabel="PSNR (dB)", title="validation"
+    )
+    points = axes.scatter(
+        [entry["bpp"] for entry in history],
+        [entry["psnr"] for entry in history],
+        c=[entry["step"] for entry in history],
+    )
+    figure.colorbar(points, label="step")
+    return figure

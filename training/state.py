@@ -1,0 +1,347 @@
+"""What a training run is: its network and where it stands, saved, restored, and its folder."""
+
+import contextlib
+import copy
+import fcntl
+import importlib.metadata
+import logging
+import math
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim import Optimizer
+
+import models
+import utils
+from models.checkpoint import build_from_checkpoint
+from training.distributed import Processes
+from utils import DataError, UsageError
+
+logger = logging.getLogger("mambavc")
+
+TRANSFORMS = ("g_a", "g_s", "h_a", "h_mean_s", "h_scale_s")
+
+
+def checkpoint_path(folder: Path, name: str) -> Path:
+    """Where a run keeps its ``latest`` or its ``best`` checkpoint."""
+    return folder / f"checkpoint_{name}.pth.tar"
+
+
+@contextlib.contextmanager
+def own_folder(folder: Path, is_first: bool) -> Iterator[None]:
+    """Make a run's folder, keep other runs out of it, and send the log there.
+
+    The system takes the lock back when this process ends, in whatever way, and workers forked
+    from it do not hold it: a run that was killed can go on at once.
+
+    Args:
+        is_first: this process holds the lock, writes and speaks, of those that share the run.
+
+    Raises:
+        UsageError: another run is training there, or the folder cannot be written to.
+    """
+    utils.make_folder(folder)
+    if not is_first:
+        utils.setup_logging()
+        logger.setLevel(logging.WARNING)
+        yield
+        return
+    with open(folder / ".lock", "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise UsageError(
+                f"another run is training in {folder}; wait for its end or give another --save_path"
+            ) from None
+        except OSError as error:
+            logger.warning("cannot lock %s (%s); start no second run there", folder, error.strerror)
+        for name in ("best", "latest"):  # what a killed run left half written
+            for leftover in folder.glob(f".{checkpoint_path(folder, name).name}.*"):
+                leftover.unlink()
+        utils.setup_logging(folder / "train.log")
+        yield
+
+
+@contextlib.contextmanager
+def sigterm() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets inside this context, where it ends nothing by itself."""
+    event = threading.Event()
+    handler = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def find_checkpoint(folder: Path, checkpoint: Path | None, continue_train: bool) -> Path | None:
+    """The file that --checkpoint and --continue_train ask to start or to go on from.
+
+    A command that is given again after its run was killed goes on with that run, also where
+    --checkpoint says how it began; a checkpoint of the run itself is taken as asked.
+    """
+    if not continue_train:
+        return checkpoint
+    latest = checkpoint_path(folder, "latest")
+    if latest.exists():
+        if checkpoint is None:
+            return latest
+        if checkpoint.resolve().parent != folder.resolve():
+            logger.info("going on from %s, which is later than %s", latest, checkpoint)
+            return latest
+    elif checkpoint is None:
+        logger.info("nothing to go on from in %s: starting at step 0", folder)
+    return checkpoint
+
+
+def build_model(
+    wanted: dict[str, str | int | None],
+    checkpoint: dict | None,
+    source: Path | None,
+    device: torch.device,
+) -> tuple[str, models.SliceHyperprior]:
+    """The network of a checkpoint, or the one that the flags name, with fresh weights.
+
+    Args:
+        wanted: the flags ``model``, ``N`` and ``M``; None leaves a choice open.
+        checkpoint: whose weights to start from, read from the file ``source``.
+
+    Returns:
+        Its registered name, and the network in training mode on the device.
+
+    Raises:
+        UsageError: the flags make no network, or another one than the checkpoint's.
+    """
+    wanted = {key: value for key, value in wanted.items() if value is not None}
+    if checkpoint is None:
+        name = wanted.pop("model", "mambavc")
+        try:
+            return name, models.build_model(name, **wanted).to(device).train()
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+    model = build_from_checkpoint(checkpoint, source)
+    found = {**model.config, "model": checkpoint.get("model", "mambavc")}
+    for key, value in wanted.items():
+        if value != found[key]:
+            raise UsageError(
+                f"--{key} {value} does not fit the checkpoint, whose {key} is {found[key]}; "
+                f"leave out --{key}"
+            )
+    return found["model"], model.to(device).train()
+
+
+def prepare_transforms(
+    model: nn.Module, processes: Processes, recompute: bool, compiled: bool
+) -> None:
+    """Change how the transforms are computed in training; the state dict keeps its keys.
+
+    Args:
+        recompute: run the blocks between the convolutions again in the backward pass.
+        compiled: by torch.compile.
+    """
+    options = {}
+    if processes.world_size > 1:  # what is drawn again is to be what was drawn at first
+        options["context_fn"] = lambda: (nullcontext(), processes.global_draws())
+    for name in TRANSFORMS:
+        transform = getattr(model, name)
+        for i, block in enumerate(transform):
+            if recompute and not isinstance(block, nn.Conv2d | nn.ConvTranspose2d):
+                transform[i] = checkpoint_wrapper(block, **options)
+        if compiled:
+            transform.compile(dynamic=False)  # crops are all of one size
+
+
+def state_dict_with_tables(model: nn.Module) -> dict[str, Tensor]:
+    """State dict with CDF tables, built on copies so that training is not disturbed."""
+    from compressai.models import CompressionModel
+
+    coder = CompressionModel()
+    coder.entropy_bottleneck = copy.deepcopy(model.entropy_bottleneck)
+    coder.gaussian_conditional = copy.deepcopy(model.gaussian_conditional)
+    coder.update(force=True, update_quantiles=True)
+    return {**model.state_dict(), **coder.state_dict()}
+
+
+@dataclass
+class Run:
+    """A run: what its checkpoints hold, and where they go.
+
+    Args:
+        model_name: registered name of the network.
+        model: the network, on the device it is trained on.
+        net_optimizers, aux_optimizer: see `optim.make_optimizers`.
+        flags: of the command, as plain values.
+        global_batch: crops of a step, over all processes.
+        epoch_steps: steps in which each training picture is seen once.
+        ema_decay: keep a running mean of the weights with this decay; None keeps none.
+        folder: for checkpoints; None writes none.
+
+    Attributes:
+        step: steps taken.
+        best_loss: lowest validation loss.
+        history: step and measurements of each validation whose loss compares with this run's.
+    """
+
+    model_name: str
+    model: models.SliceHyperprior
+    net_optimizers: dict[str, Optimizer]
+    aux_optimizer: Optimizer
+    flags: dict
+    global_batch: int
+    epoch_steps: float
+    ema_decay: float | None
+    folder: Path | None
+    step: int = 0
+    best_loss: float = math.inf
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.ema = None
+        if self.ema_decay is not None:
+            from timm.utils import ModelEmaV3  # takes seconds to import
+
+            self.ema = ModelEmaV3(self.model, self.ema_decay, use_warmup=True)
+        self._superseded: set[Path] = set()
+
+    @property
+    def used_model(self) -> models.SliceHyperprior:
+        """The network that is validated and saved for use."""
+        return self.ema.module if self.ema else self.model
+
+    def restore(self, checkpoint: dict, source: Path) -> None:
+        """Go on where the run stood that wrote the file ``source``; learning rates are this run's.
+
+        Raises:
+            UsageError: a run cannot go on with this one's flags.
+        """
+        if "optimizers" not in checkpoint:
+            logger.info("%s holds weights only: starting at step 0", source)
+            return
+        for key, before, now in (
+            ("optimizer", checkpoint["args"]["optimizer"], self.flags["optimizer"]),
+            ("global_batch", checkpoint["global_batch"], self.global_batch),
+        ):
+            if now != before:
+                raise UsageError(
+                    f"the run cannot go on with another {key}: it was {before} and is now {now} "
+                    "(global_batch: processes x --batch-size x --accumulate); leave out "
+                    "--continue_train to start a new run from its weights"
+                )
+        self.model.load_state_dict(checkpoint["net"])
+        if self.ema:  # it starts from the weights of a run that kept none
+            self.ema.module.load_state_dict(checkpoint["ema"] or checkpoint["net"])
+        for name, optimizer in self.net_optimizers.items():
+            _restore_optimizer(optimizer, checkpoint["optimizers"][name])
+        _restore_optimizer(self.aux_optimizer, checkpoint["aux_optimizer"])
+        self.step = checkpoint["step"]
+        self._superseded = {checkpoint_path(source.parent, "latest")} & {source}
+        # Losses of another definition are not to be compared with.
+        if all(checkpoint["args"][key] == self.flags[key] for key in ("lmbda", "type")):
+            self.best_loss = checkpoint["best_loss"]
+            self.history = checkpoint["history"]
+            self._superseded.add(checkpoint_path(source.parent, "best"))
+        torch.set_rng_state(checkpoint["rng"]["cpu"])
+        if self.device.type == "cuda" and "cuda" in checkpoint["rng"]:
+            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], self.device)
+        logger.info("going on at step %d", self.step)
+
+    def keep_earlier_checkpoints(self) -> None:
+        """Give checkpoints a new name that this run would overwrite but does not follow from."""
+        if self.folder is None:
+            return
+        superseded = {path.resolve() for path in self._superseded}
+        for name in ("best", "latest"):
+            path = checkpoint_path(self.folder, name)
+            if path.exists() and path.resolve() not in superseded:
+                # Microseconds, so that no two checkpoints ever get one name.
+                date = datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y%m%d-%H%M%S-%f")
+                kept = path.replace(self.folder / f"{date}-{path.name}")
+                logger.info("%s of an earlier run is kept as %s", path.name, kept.name)
+
+    def save(self, loss: float, must: bool) -> None:
+        """Write the latest checkpoint, and the best one if this validation loss is the lowest.
+
+        A disk that is full is worth a line as long as the run goes on and can try again. Earlier
+        checkpoints are left as they were.
+
+        Args:
+            loss: of the validation at this step, infinite without one.
+            must: the run ends here.
+
+        Raises:
+            DataError: nothing could be written and it ``must``.
+        """
+        before = self.best_loss
+        if loss < before:  # never of a NaN
+            self.best_loss = loss
+        if self.folder is None:
+            return
+        # The best first: killed in between, the run repeats the steps that found it.
+        names = ("best", "latest") if loss < before else ("latest",)
+        state = self._checkpoint()
+        try:
+            for name in names:
+                path = checkpoint_path(self.folder, name)
+                with utils.atomic_write(path) as temporary, open(temporary, "wb") as file:
+                    torch.save(state, file)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            if name == "best":
+                self.best_loss = before
+            reason = str(error).partition("\n")[0]
+            message = (
+                f"cannot write {path} at step {self.step} (is the disk full?): {reason}; "
+                "the last one is kept"
+            )
+            if must:
+                raise DataError(message) from None
+            logger.error("%s; trying again at the next save", message)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _checkpoint(self) -> dict:
+        """Everything that a killed run needs to go on as if nothing had happened.
+
+        Its values are those that `torch.load` reads with ``weights_only=True``.
+        """
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "model": self.model_name,
+            "model_args": self.model.config,
+            "state_dict": state_dict_with_tables(self.used_model),
+            "net": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema else None,
+            "optimizers": {k: v.state_dict() for k, v in self.net_optimizers.items()},
+            "aux_optimizer": self.aux_optimizer.state_dict(),
+            "step": self.step,
+            "epoch": self.step / self.epoch_steps,
+            "global_batch": self.global_batch,
+            "best_loss": self.best_loss,
+            "history": self.history,
+            "rng": rng,
+            "args": self.flags,
+            "versions": {
+                "python": sys.version.split()[0],
+                "torch": str(torch.__version__),
+                "compressai": importlib.metadata.version("compressai"),
+            },
+        }
+
+
+def _restore_optimizer(optimizer: Optimizer, state: dict) -> None:
+    """Load an optimiser's moments; its learning rates, and how its device steps, stay its own."""
+    for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        group |= {key: own[key] for key in ("lr", "fused", "foreach") if key in own}
+    optimizer.load_state_dict(state)
