@@ -82,13 +82,8 @@ def test_results_are_the_expected_ones(mode, pictures, tmp_path, monkeypatch, ca
 
 
 def test_a_stream_that_decodes_to_another_picture_is_an_error(pictures, monkeypatch, capsys):
-    decompress = models.MambaVC.decompress
-
-    def wrong(self, *args, **kwargs):
-        decoded = decompress(self, *args, **kwargs)
-        return {**decoded, "x_hat": decoded["x_hat"].flip(-1)}
-
-    monkeypatch.setattr(models.MambaVC, "decompress", wrong)
+    decode = models.Coder.decode
+    monkeypatch.setattr(models.Coder, "decode", lambda self, data: decode(self, data).flip(-1))
     argv = ["--data", pictures, "--checkpoint", CHECKPOINT]
     code, _, err = run(argv, monkeypatch, capsys)
     assert code == 1
@@ -122,7 +117,7 @@ def bad_files(tmp_path_factory):
     [
         (["--data", "{data}", "--checkpoint", "nowhere"], 2, "checkpoint nowhere does not exist"),
         (["--data", "{bad}/text", "--checkpoint", "{bad}/text.pth.tar"], 2, "cannot load"),
-        (["--data", "{data}", "--checkpoint", "{bad}/wrong.pth.tar"], 2, "does not fit MambaVC"),
+        (["--data", "{data}", "--checkpoint", "{bad}/wrong.pth.tar"], 2, "does not fit model_args"),
         (["--data", "{data}", "--checkpoint", "{bad}/foreign.pth.tar"], 2, "not a state dict of"),
         (["--data", "{data}", "--checkpoint", "{bad}/no_weights.pth.tar"], 2, "lacks 'state_dict'"),
         (["--data", "{bad}/none", "--checkpoint", CHECKPOINT], 2, "is not a folder"),
