@@ -198,7 +198,7 @@ def test_runs_where_no_cache_can_be_written(tmp_path):
     environment.pop("NUMBA_CACHE_DIR", None)
     environment["PYTHONPATH"] = str(Path(cpu_scan.__file__).parent.parent)
     result = subprocess.run(
-        [sys.executable, "-c", "import cpu_scan; assert cpu_scan._pixel(1, 1, 2, 3) == 3"],
+        [sys.executable, "-c", "import scan_cpu; assert scan_cpu._pixel(1, 1, 2, 3) == 3"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
