@@ -21,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             results = json.loads(path.read_text())["results"]
             values = [results[key][0] if key in results else None for key in KEYS]
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            raise UsageError(f"{path} is not a file that eval.py --json wrote ({error!r})") from None
+            message = f"{path} is not a file that eval.py --json wrote ({error!r})"
+            raise UsageError(message) from None
         if values[2] is not None:
             values[2] = ms_ssim_db(values[2])
         cells = ("" if value is None else f"{value:.3f}" for value in values)
