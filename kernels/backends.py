@@ -16,15 +16,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "available_backends",
-    "check_dtype",
-    "choose_scan",
-    "runs_onednn",
-    "runs_stage_kernels",
-    "use_backend",
-]
-
 logger = logging.getLogger("mambavc")
 
 _VARIABLE = "MAMBAVC_SCAN_BACKEND"
@@ -149,10 +140,6 @@ def _first_choice(device_type: str) -> str:
     if reason is None:
         logger.info("scan backend for %s tensors: %s", device_type, wanted)
         return wanted
-    logger.warning(
-        "scan backend for %s tensors: reference, which is slow, because %s cannot run: %s",
-        device_type,
-        wanted,
-        reason,
-    )
+    message = "scan backend for %s tensors: reference, which is slow, because %s cannot run: %s"
+    logger.warning(message, device_type, wanted, reason)
     return "reference"

@@ -19,21 +19,6 @@ from numba.core import cgutils
 from numba.core.datamodel import models
 from numba.extending import intrinsic, overload, register_model
 
-__all__ = [
-    "LOG2E",
-    "VECTOR_BYTES",
-    "Lanes",
-    "add_lanes",
-    "exp2",
-    "jit",
-    "jit_inline",
-    "load",
-    "num_lanes",
-    "prefetch",
-    "softplus",
-    "store",
-]
-
 LOG2E = 1 / math.log(2)
 INDEX = ir.IntType(32)
 
