@@ -1,6 +1,6 @@
 """Hyperprior codec with a channel-wise autoregressive entropy model, whatever its transforms."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,11 @@ class SliceHyperprior(CompressionModel):
         x = F.pad(x, (0, -width % factor, 0, -height % factor), mode="replicate")
         return x.contiguous(memory_format=torch.channels_last)
 
+    def analyse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y and z of padded pictures."""
+        y = self.g_a(x)
+        return y, self.h_a(y)
+
     def forward(self, x: Tensor) -> dict:
         """Reconstruct pictures and estimate their rate.
 
@@ -63,9 +68,7 @@ class SliceHyperprior(CompressionModel):
             ``z`` (batch, Z, h/64, w/64), float32, of the picture padded to multiples of 64.
         """
         height, width = x.shape[-2:]
-        y = self.g_a(self.pad(x))
-        z = self.h_a(y)
-
+        y, z = self.analyse(self.pad(x))
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             _, z_likelihoods = self.entropy_bottleneck(z)
@@ -90,48 +93,12 @@ class SliceHyperprior(CompressionModel):
         }
 
     def compress(self, x: Tensor, *, exact: bool = True) -> dict:
-        """Encode pictures to bytes.
-
-        Args:
-            x: pictures as in `forward`.
-            exact: compute the entropy path in float64, so that any device decodes the stream;
-                False uses the layers' own precision, for decoding on the same machine only.
-
-        Returns:
-            The keyword arguments of `decompress`: ``strings`` ([y strings, z strings], one of
-            each per image), ``shape`` of z, ``size`` (height, width) of the pictures, ``guards``
-            and ``crcs`` per image (see `LatentEncoder`).
-
-        Raises:
-            ValueError: the model is in training mode or has no CDF tables.
-        """
+        """Encode pictures: `Coder.compress`. For many pictures, keep a `Coder`."""
         return Coder(self, exact=exact).compress(x)
 
-    def decompress(
-        self,
-        strings: Sequence[Sequence[bytes]],
-        shape: Sequence[int],
-        size: Sequence[int] | None = None,
-        guards: Sequence[Sequence[tuple[int, int]]] | None = None,
-        crcs: Sequence[int] | None = None,
-        *,
-        exact: bool = True,
-    ) -> dict:
-        """Decode what `compress` returned.
-
-        Args:
-            strings, shape, size, guards, crcs: see `compress`. Without ``size`` the padded
-                picture is returned, without ``crcs`` the symbols are not checked.
-            exact: as the stream was encoded.
-
-        Returns:
-            ``x_hat`` (batch, 3, *size), clamped to [0, 1]; ``y_hat`` (batch, M, h/16, w/16).
-
-        Raises:
-            BitstreamError: the symbols are not those that were encoded.
-            ValueError: the model is in training mode or has no CDF tables.
-        """
-        return Coder(self, exact=exact).decompress(strings, shape, size, guards, crcs)
+    def decompress(self, *args, exact: bool = True, **kwargs) -> dict:
+        """Decode what `compress` returned: `Coder.decompress`."""
+        return Coder(self, exact=exact).decompress(*args, **kwargs)
 
     def update(self, scale_table=None, force=False, update_quantiles=True) -> bool:
         """Build the CDF tables that coding needs; True if they changed.
@@ -162,8 +129,8 @@ class SliceHyperprior(CompressionModel):
             shown = "; ".join(problems[:20])
             more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
             raise RuntimeError(
-                f"the state dict does not fit {type(self).__name__}: {shown}{more}. "
-                "Check --model and its sizes against those of the checkpoint"
+                f"the state dict does not fit {type(self).__name__}: {shown}{more}; "
+                "give the sizes of the network that it is of"
             )
         for key in own:
             module, _, name = key.rpartition(".")
@@ -183,20 +150,34 @@ class SliceHyperprior(CompressionModel):
         Raises:
             RuntimeError: it is not a state dict of this network.
         """
-        state_dict = _plain_keys(state_dict.get("state_dict", state_dict))
+        state_dict = state_dict.get("state_dict", state_dict)
+        model = cls(**{**cls.sizes_from_state_dict(state_dict), **kwargs})
+        model.load_state_dict(state_dict)
+        return model
+
+    @classmethod
+    def sizes_from_state_dict(cls, state_dict: Mapping[str, Tensor]) -> dict:
+        """Constructor arguments that leave a trace in the shapes of a state dict.
+
+        Raises:
+            RuntimeError: it is not a state dict of this network.
+        """
+        state_dict = _plain_keys(state_dict)
         try:
-            config = cls.config_from_state_dict(state_dict)
+            sizes = cls.config_from_state_dict(state_dict)
         except (KeyError, IndexError, ZeroDivisionError) as error:
             raise RuntimeError(
                 f"this is not a state dict of {cls.__name__}: {error!r} is not among its "
                 f"{len(state_dict)} entries; give a checkpoint of this network"
             ) from None
-        model = cls(**{**config, **kwargs})
-        model.load_state_dict(state_dict)
-        return model
+        for key, value in state_dict.items():
+            # An expanded tensor can have any shape: a network of that size is not to be built.
+            if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+                raise RuntimeError(f"{key} has fewer values than its shape {tuple(value.shape)}")
+        return sizes
 
 
-def _plain_keys(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+def _plain_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without DataParallel's prefix, and with today's names of the bottleneck's parameters."""
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
     return remap_old_keys("entropy_bottleneck", state_dict)

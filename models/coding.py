@@ -1,9 +1,9 @@
-"""Pictures to bytes and back, with a model whose entropy path runs in float64.
+"""Pictures to bytes and back: the entropy path in float64, the coding tables, CUDA graphs.
 
-A decoder must find the very means and scales that the encoder found: one symbol read with another
-table, and all that follow are wrong. In float32 two devices differ by more than the distance from
-a mean to the next rounding boundary; in float64 they practically never do, and the scales that come
-too close to a boundary of their table are listed in the stream (`entropy.GUARD`).
+A decoder must find the table of every symbol that the encoder took: after one symbol read with
+another table all that follow are wrong. In float32 two devices differ enough for that in every
+picture. In float64 they differ so little that the few scales too close to a boundary between two
+tables can be listed in the stream (`entropy.GUARD`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import copy
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Coder", "fingerprint"]
 
-MAX_GRAPHED_SIZES = 8  # of pictures: the graphs of one size take 13 times their largest map
+MAX_GRAPHED_SIZES = 8  # of pictures; each has 13 graphs, whose memory is kept
 
 # What only the encoder uses, and what the tables were made from.
 _ENCODER = ("g_a.", "h_a.")
@@ -75,7 +75,7 @@ class Coder:
     @functools.cached_property
     def fingerprint(self) -> bytes:
         """Four bytes that name the model: see the function `fingerprint`."""
-        return fingerprint(self.model)
+        return fingerprint(self.model.state_dict())
 
     @functools.cached_property
     def _exact_slices(self) -> SlicePredictor:
@@ -99,7 +99,7 @@ class Coder:
             ValueError: the latents cannot be coded.
         """
         self._make_room(len(x), *self._z_shape(*x.shape[-2:]))
-        y, z = self._run(self._analyse, self.model.pad(x))
+        y, z = self._run(self.model.analyse, self.model.pad(x))
         encoder = LatentEncoder(self._tables, y)
         with _deterministic_arithmetic():
             z_strings, z_hat = encoder.encode_z(z)
@@ -112,6 +112,7 @@ class Coder:
             "crcs": encoder.crcs,
         }
 
+    @torch.no_grad()
     def decompress(
         self,
         strings: Sequence[Sequence[bytes]],
@@ -119,12 +120,15 @@ class Coder:
         size: Sequence[int] | None = None,
         guards: Sequence[Sequence[tuple[int, int]]] | None = None,
         crcs: Sequence[int] | None = None,
+        *,
+        exact: bool | None = None,
     ) -> dict:
         """Decode what `compress` returned.
 
         Args:
             strings, shape, size, guards, crcs: see `compress`. Without ``size`` the padded
                 pictures are returned, without ``crcs`` the symbols are not checked.
+            exact: as the pictures were encoded; by default as this Coder encodes them.
 
         Returns:
             ``x_hat`` (batch, 3, *size), clamped to [0, 1]; ``y_hat`` (batch, M, h/16, w/16).
@@ -132,16 +136,12 @@ class Coder:
         Raises:
             BitstreamError: the symbols are not those that were encoded.
         """
-        return self._decompress(strings, shape, size, guards, crcs, self.exact)
-
-    @torch.no_grad()
-    def _decompress(self, strings, shape, size, guards, crcs, exact: bool) -> dict:
         y_strings, z_strings = strings
         self._make_room(len(y_strings), *shape)
         decoder = LatentDecoder(self._tables, y_strings, guards or [[] for _ in y_strings])
         with _deterministic_arithmetic():
             z_hat = decoder.decode_z(z_strings, shape)
-            y_hat = self._walk(z_hat, decoder.read_slice, exact)
+            y_hat = self._walk(z_hat, decoder.read_slice, self.exact if exact is None else exact)
         decoder.finish()
         if crcs is not None and list(crcs) != decoder.crcs:
             raise BitstreamError(
@@ -192,14 +192,14 @@ class Coder:
                 f"{self.fingerprint.hex()}; give the checkpoint it was made with"
             )
         try:
-            decoded = self._decompress(
-                [[stream.y], [stream.z]],
-                self._z_shape(stream.height, stream.width),
-                (stream.height, stream.width),
-                [stream.guards],
-                [stream.crc],
-                stream.exact,
-            )
+            return self.decompress(
+                strings=[[stream.y], [stream.z]],
+                shape=self._z_shape(stream.height, stream.width),
+                size=(stream.height, stream.width),
+                guards=[stream.guards],
+                crcs=[stream.crc],
+                exact=stream.exact,
+            )["x_hat"]
         except BitstreamError:
             if stream.exact:
                 raise
@@ -208,7 +208,6 @@ class Coder:
                 "made it only, with the same software, and here its symbols come out wrong; encode "
                 "the picture again with the exact path"
             ) from None
-        return decoded["x_hat"]
 
     def has_graphs(self, x: Tensor) -> bool:
         """Whether pictures of x's size were coded before, and their graphs are still kept."""
@@ -219,11 +218,6 @@ class Coder:
         if exact:
             return self._exact_slices(z_hat, quantise, self._run)
         return self._slices(z_hat.to(self._dtype), quantise, self._run)
-
-    def _analyse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y and z of a padded picture."""
-        y = self.model.g_a(x)
-        return y, self.model.h_a(y)
 
     def _z_shape(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of z for a picture of this size."""
@@ -290,7 +284,7 @@ def _deterministic_arithmetic() -> Iterator[None]:
         yield
 
 
-def fingerprint(model: SliceHyperprior) -> bytes:
+def fingerprint(state_dict: Mapping[str, Tensor]) -> bytes:
     """Four bytes that differ between models that decode differently.
 
     The first bytes of the SHA-256 of all that decoding depends on: names, shapes and values of the
@@ -299,7 +293,7 @@ def fingerprint(model: SliceHyperprior) -> bytes:
     weights; a `Coder` computes it once.
     """
     digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(state_dict.items()):
         made_tables = name.startswith(_ENTROPY_MODELS) and not name.endswith(_TABLES)
         if name.startswith(_ENCODER) or made_tables:
             continue

@@ -8,23 +8,38 @@ field        bytes   meaning
 ============ ======= ==========================================================================
 magic        3       ``MVC``
 version      1       bits 0 to 6: version, 1; bit 7: coded with the exact entropy path
-fingerprint  4       which model decodes it; see `fingerprint`
+fingerprint  4       which model decodes it; see `coding.fingerprint`
 height       varint  rows of the picture, 1 to 65,535
 width        varint  columns of the picture, 1 to 65,535; at most 2**26 pixels in all
 guards       varint  number of guard entries, at most 2**20, then for each of them
              varint  - position of the symbol of y, less that of the entry before it
              1       - index of its table
 z length     varint  bytes of the string of z
-z            above   string of z (format in `models/coder.py`)
+z            above   string of z (format in `models/rans.py`)
 y            rest    string of y, up to the two checksums
 symbol CRC   4       CRC-32 of all symbols of z and y, as the model counts them
 file CRC     4       CRC-32 of every byte before it
 ============ ======= ==========================================================================
 
 A picture of 768x512 takes 23 bytes beyond its two strings (3 + 1 + 4 + 2 + 2 + 1 + 2 + 4 + 4) and
-at most 4 for each guard entry: 39 with four. The file CRC finds damage before anything is decoded.
-The symbol CRC finds a decoder that computed other symbols than the encoder. The fingerprint names
-the wrong checkpoint; should two models share one, the symbol CRC still tells them apart.
+at most 4 for each guard entry: 39 with four.
+
+What is protected, and what is not:
+
+- Damage by accident: the file CRC finds it before anything is decoded.
+- A decoder whose entropy path finds other means or scales than the encoder's did, as another
+  machine's may: it reads other symbols, and the symbol CRC finds that.
+- The wrong checkpoint: the fingerprint, 32 bits of a SHA-256 over all that decoding depends on,
+  tells models apart, but not one that was made to share it. The symbol CRC is no second guard, as
+  it says nothing of the synthesis behind the symbols: there, another model makes another picture.
+- The picture's samples: not at all, since devices may differ by one grey level.
+- Anything changed on purpose: not at all. Both checksums can be computed anew; a signature has to
+  come from outside.
+
+What limits a hostile file: its strings cannot be longer than it is, and decoding takes time and
+memory in proportion to the picture's size, which the header states. That size is not bounded by
+the file's: a flat picture of 8192x8192 pixels honestly takes 40 kB. Who decodes files of strangers
+checks the size that `unpack` returns against the memory there is.
 """
 
 import struct

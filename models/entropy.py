@@ -12,7 +12,7 @@ from torch import Tensor
 from layers.compressai import EntropyBottleneck, GaussianConditional
 
 from .container import BitstreamError
-from .rans import MAX_SYMBOL, SymbolDecoder, SymbolEncoder, Tables
+from .rans import MAX_SYMBOL, SymbolDecoder, Tables, encode
 
 __all__ = [
     "GUARD",
@@ -132,14 +132,24 @@ class LatentTables:
             the last entry has no upper one.
 
     Raises:
-        ValueError: a model has no CDF tables, or they are damaged.
+        ValueError: a model has no CDF tables, or they are damaged or not its own.
     """
 
     def __init__(self, bottleneck: Bottleneck, conditional: GaussianConditional):
         self.z = Tables.of(bottleneck)
         self.y = Tables.of(conditional)
         self.medians = bottleneck.medians().double()
-        self.boundaries = conditional.scale_table[:-1].double()
+        scales = conditional.scale_table.double()
+        rising = scales.ndim == 1 and len(scales) > 1 and bool((scales.diff() > 0).all())
+        if not (rising and scales[0] > 0 and scales[-1].isfinite()):
+            raise ValueError("the scale table is damaged: its scales should be positive and rise")
+        for tables, name, count in ((self.z, "z", bottleneck.channels), (self.y, "y", len(scales))):
+            if len(tables.offsets) != count:
+                raise ValueError(
+                    f"there are {len(tables.offsets)} CDF tables of {name}, expected {count}; "
+                    "build the tables again with update(force=True)"
+                )
+        self.boundaries = scales[:-1]
 
 
 def _check(symbols: Tensor, prediction: Tensor) -> None:
@@ -206,12 +216,8 @@ class LatentEncoder(_LatentCoder):
         medians = self.tables.medians
         symbols = torch.round(z - medians.to(z.dtype))
         _check(symbols, medians)
-        strings = []
-        for image, values in enumerate(_flat(symbols)):
-            encoder = SymbolEncoder(self.tables.z)
-            encoder.put(values, self.z_indexes(z.shape[-2:]))
-            strings.append(encoder.flush())
-            self.checksum(image, values)
+        indexes = [self.z_indexes(z.shape[-2:])] * len(z)
+        strings = self._encode(_flat(symbols), indexes, self.tables.z)
         return strings, _dequantise(symbols.double(), medians)
 
     def round_slice(self, i: int, mu: Tensor, scale: Tensor) -> Tensor:
@@ -254,13 +260,14 @@ class LatentEncoder(_LatentCoder):
         chosen = indexes[images, positions]
         for image, position, index in torch.stack([images, positions, chosen], 1).tolist():
             self.guards[image].append((position, index))
-        strings = []
-        for image, (values, rows) in enumerate(zip(_flat(symbols), _flat(indexes), strict=True)):
-            encoder = SymbolEncoder(self.tables.y)
-            encoder.put(values, rows)
-            strings.append(encoder.flush())
+        return self._encode(_flat(symbols), _flat(indexes), self.tables.y)
+
+    def _encode(
+        self, symbols: Sequence[np.ndarray], indexes: Sequence[np.ndarray], tables: Tables
+    ) -> list[bytes]:
+        for image, values in enumerate(symbols):
             self.checksum(image, values)
-        return strings
+        return [encode(*each, tables) for each in zip(symbols, indexes, strict=True)]
 
 
 class LatentDecoder(_LatentCoder):

@@ -53,7 +53,7 @@ class MambaVC(SliceHyperprior):
         transform_width: int = 224,
     ):
         super().__init__()
-        if M % num_slices:
+        if num_slices < 1 or M % num_slices:
             raise ValueError(f"M={M} is not a multiple of num_slices={num_slices}")
         self.config = {
             "N": N,

@@ -156,6 +156,8 @@ def test_registry():
 def test_constructor_refuses_uneven_slices():
     with pytest.raises(ValueError, match="M=21 is not a multiple of num_slices=5"):
         MambaVC(N=8, M=21)
+    with pytest.raises(ValueError, match="M=20 is not a multiple of num_slices=0"):
+        MambaVC(N=8, M=20, num_slices=0)
 
 
 @pytest.mark.parametrize("training", [False, True])
