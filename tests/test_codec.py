@@ -251,7 +251,7 @@ def test_failed_verification_leaves_the_old_file(folder, checkpoint, monkeypatch
 
 @pytest.mark.parametrize("fast", [[], ["--fast-entropy"]], ids=["exact", "fast"])
 def test_decoded_picture_is_the_original(folder, fast):
-    """Up to what the network loses of it: 33.4 dB at this rate."""
+    """Up to what the network loses of it: 33.1 dB at this rate."""
     original = utils.read_image(ROOT / "demo" / "train" / "crop1.jpg")
     original.save("crop.png")
     codec.main(["encode", "crop.png", "crop.mvc", "--checkpoint", TRAINED, *fast])
@@ -376,7 +376,7 @@ def test_processes_understand_each_other_and_exit_with_the_right_code(folder, ch
         for code, command in commands.items()
     }
     for code, process in processes.items():
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == code, errors
         assert errors.count("\n") == (code > 0), errors
     assert coder.decode(Path("a.mvc").read_bytes()).shape == (1, 3, 50, 70)
