@@ -239,7 +239,7 @@ def bad_files(tmp_path_factory):
     [
         (["--data", "{data}", "--checkpoint", "nowhere"], 2, "checkpoint nowhere does not exist"),
         (["--data", "{bad}/text", "--checkpoint", "{bad}/text.pth.tar"], 2, "cannot load"),
-        (["--data", "{data}", "--checkpoint", "{bad}/wrong.pth.tar"], 2, "does not fit model_args: N is 16"),
+        (["--data", "{data}", "--checkpoint", "{bad}/wrong.pth.tar"], 2, "model_args: N is 16"),
         (["--data", "{data}", "--checkpoint", "{bad}/foreign.pth.tar"], 2, "not a state dict of"),
         (["--data", "{data}", "--checkpoint", "{bad}/no_weights.pth.tar"], 2, "lacks 'state_dict'"),
         (["--data", "{bad}/none", "--checkpoint", CHECKPOINT], 2, "is not a folder"),
