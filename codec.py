@@ -339,9 +339,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         device = utils.select_device(args.cuda)
         exact = args.command == "decode" or not args.fast_entropy
-        model = load_model(checkpoint, device)
-        with data_errors(checkpoint):  # whose tables may be damaged
-            return Coder(model, exact=exact)
+        return Coder(load_model(checkpoint, device), exact=exact)
 
     def work(job: Job) -> str:
         if args.command == "encode":

@@ -262,9 +262,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from models import Coder, load_model
 
     device = utils.select_device(args.cuda)
-    with utils.data_errors(checkpoint):
-        model = load_model(checkpoint, device)
-        coder = Coder(model, exact=not args.fast_entropy, graphs=args.cuda_graph)
+    model = load_model(checkpoint, device)
+    coder = Coder(model, exact=not args.fast_entropy, graphs=args.cuda_graph)
     rows, skipped = evaluate(coder, files, device, args)
     means = summarise(rows)
     print_table(rows, means)

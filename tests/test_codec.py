@@ -251,7 +251,7 @@ def test_failed_verification_leaves_the_old_file(folder, checkpoint, monkeypatch
 
 @pytest.mark.parametrize("fast", [[], ["--fast-entropy"]], ids=["exact", "fast"])
 def test_decoded_picture_is_the_original(folder, fast):
-    """Up to what the network loses of it: 33.4 dB at this rate."""
+    """Up to what the network loses of it: 33.1 dB at this rate."""
     original = utils.read_image(ROOT / "demo" / "train" / "crop1.jpg")
     original.save("crop.png")
     codec.main(["encode", "crop.png", "crop.mvc", "--checkpoint", TRAINED, *fast])
@@ -376,7 +376,7 @@ def test_processes_understand_each_other_and_exit_with_the_right_code(folder, ch
         for code, command in commands.items()
     }
     for code, process in processes.items():
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=300)
         assert process.returncode == code, errors
         assert errors.count("\n") == (code > 0), errors
     assert coder.decode(Path("a.mvc").read_bytes()).shape == (1, 3, 50, 70)
@@ -416,12 +416,12 @@ def test_picture_too_large_for_the_memory_is_refused(folder, checkpoint, model, 
     assert files(folder) == ["a.mvc", "a.png", "b.png", "x.mvc"]
 
 
-def test_network_that_decodes_to_nan_writes_no_picture(folder, model, coder, tmp_path):
+def test_network_that_decodes_to_nan_writes_no_picture(folder, model, coder):
     data = coder.encode(torch.rand(1, 3, 30, 40))
     broken = copy.deepcopy(model)
     with torch.no_grad():
-        broken.g_s[-1].bias.fill_(torch.nan)
-    path = save_checkpoint(broken, tmp_path / "nan.pth.tar")
+        broken.g_s[-1].weight.fill_(3e38)  # finite, but its sums are not
+    path = save_checkpoint(broken, "broken.pth.tar")
     stream = dataclasses.replace(container.unpack(data), fingerprint=Coder(broken).fingerprint)
     Path("a.mvc").write_bytes(container.pack(stream))
     with pytest.raises(DataError, match=r"a\.mvc: the network's picture has values that are not"):
