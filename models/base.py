@@ -52,6 +52,11 @@ class SliceHyperprior(CompressionModel):
         x = F.pad(x, (0, -width % factor, 0, -height % factor), mode="replicate")
         return x.contiguous(memory_format=torch.channels_last)
 
+    def analyse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y and z of padded pictures."""
+        y = self.g_a(x)
+        return y, self.h_a(y)
+
     def forward(self, x: Tensor) -> dict:
         """Reconstruct pictures and estimate their rate.
 
@@ -63,9 +68,7 @@ class SliceHyperprior(CompressionModel):
             ``z`` (batch, Z, h/64, w/64), float32, of the picture padded to multiples of 64.
         """
         height, width = x.shape[-2:]
-        y = self.g_a(self.pad(x))
-        z = self.h_a(y)
-
+        y, z = self.analyse(self.pad(x))
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             _, z_likelihoods = self.entropy_bottleneck(z)

@@ -99,7 +99,7 @@ class Coder:
             ValueError: the latents cannot be coded.
         """
         self._make_room(len(x), *self._z_shape(*x.shape[-2:]))
-        y, z = self._run(self._analyse, self.model.pad(x))
+        y, z = self._run(self.model.analyse, self.model.pad(x))
         encoder = LatentEncoder(self._tables, y)
         with _deterministic_arithmetic():
             z_strings, z_hat = encoder.encode_z(z)
@@ -218,11 +218,6 @@ class Coder:
         if exact:
             return self._exact_slices(z_hat, quantise, self._run)
         return self._slices(z_hat.to(self._dtype), quantise, self._run)
-
-    def _analyse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y and z of a padded picture."""
-        y = self.model.g_a(x)
-        return y, self.model.h_a(y)
 
     def _z_shape(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of z for a picture of this size."""

@@ -108,7 +108,7 @@ class Tables:
         lookup = np.empty((len(cdfs), 1 << _LOOKUP_BITS), dtype=np.int32)
         parts = []
         for k, (row, length, offset) in enumerate(zip(cdfs, lengths, offsets, strict=True)):
-            part = row[: max(length, 0)]
+            part = row[: max(length, 0)].astype(np.int64)  # differences fit
             valid = 3 <= length <= len(row) and abs(int(offset)) <= MAX_SYMBOL
             if not (valid and part[0] == 0 and part[-1] == _TOTAL and (np.diff(part) > 0).all()):
                 raise ValueError(
@@ -119,7 +119,7 @@ class Tables:
             rows[k + 1] = rows[k] + length
             buckets = np.arange(1 << _LOOKUP_BITS) << _LOOKUP_SHIFT
             lookup[k] = np.searchsorted(part, buckets, side="right") - 1
-        return cls(np.concatenate(parts), rows, offsets, lookup)
+        return cls(np.concatenate(parts).astype(np.int32), rows, offsets, lookup)
 
 
 def encode(symbols: np.ndarray, indexes: np.ndarray, tables: Tables) -> bytes:

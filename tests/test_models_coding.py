@@ -180,7 +180,7 @@ def test_stages_can_be_replayed_at_both_ends(model, exact):
     x_hat = staged.decompress(**stream)["x_hat"]
     assert torch.equal(x_hat, plain.decompress(**stream)["x_hat"])
     slices = ["transform", *["predict", "correct"] * 5]
-    assert [name for name, _ in encoder] == ["_analyse", *slices]
+    assert [name for name, _ in encoder] == ["analyse", *slices]
     assert [name for name, _ in staged.stages] == [*slices, "g_s"]
     for (_, ours), (_, theirs) in zip(encoder[1:], staged.stages[:-1], strict=True):
         for a, b in zip(ours, theirs, strict=True):

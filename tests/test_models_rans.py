@@ -183,11 +183,22 @@ def test_model_without_tables_is_refused():
         lambda cdfs, lengths, offsets: cdfs[3].fill_(0),
         lambda cdfs, lengths, offsets: cdfs[3, 2].copy_(cdfs[3, 1]),
         lambda cdfs, lengths, offsets: cdfs[0, 0].fill_(-5),
+        lambda cdfs, lengths, offsets: cdfs[40, 1:5].copy_(
+            torch.tensor([2**31 - 1, -(2**31), -1, cdfs[40, 5] - 1])
+        ),
         lambda cdfs, lengths, offsets: lengths[1].fill_(2**30),
         lambda cdfs, lengths, offsets: lengths[1].fill_(-1),
         lambda cdfs, lengths, offsets: offsets[1].fill_(2**30),
     ],
-    ids=["empty", "flat", "negative", "too long", "negative length", "huge offset"],
+    ids=[
+        "empty",
+        "flat",
+        "negative",
+        "rises over 2**31",
+        "too long",
+        "negative length",
+        "huge offset",
+    ],
 )
 def test_damaged_tables_are_refused(conditional, change):
     model = copy.deepcopy(conditional)

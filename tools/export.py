@@ -1,6 +1,7 @@
 """Turn a training checkpoint into a small file of weights to share."""
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise utils.UsageError(
             f"{args.checkpoint} lacks {', '.join(sorted(missing))}; give a file that train.py saved"
         )
-    save_weights(checkpoint, args.output)
+    if save_weights(checkpoint, args.output):
+        print(
+            "rounding to half precision changed the model's fingerprint: what was coded with "
+            f"{args.checkpoint} decodes with that file only, not with {args.output}",
+            file=sys.stderr,
+        )
     digest = hashlib.sha256(args.output.read_bytes()).hexdigest()
     print(f"{digest}  {args.output.name}")
 
