@@ -21,7 +21,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--models",
         nargs="+",
         metavar="NAME",
-        help=f"of {', '.join(models.list_models())}, or checkpoints (default: the paper's three)",
+        help=f"of {', '.join(models.list_models())}, or checkpoints (default: the paper's three, "
+        "or mambavc alone where they are not compared)",
     )
     parser.add_argument("--N", type=utils.positive_int, help="in place of the networks' own N")
     parser.add_argument("--M", type=utils.positive_int, help="in place of the networks' own M")
