@@ -69,20 +69,17 @@ class Pictures(Dataset):
     def __init__(self, files: Sequence[Path], cache_threads: int = 0):
         self.files = list(files)
         self.problems: list[str] = []
-        self._cache: list[np.ndarray | None] = []
+        self._cache: list[np.ndarray] = []
         if cache_threads:
             with ThreadPoolExecutor(cache_threads) as pool:
                 decoded = list(pool.map(self._try_read, self.files))
-            self.problems = [result for result in decoded if isinstance(result, str)]
-            self.files = [f for f, d in zip(self.files, decoded, strict=True) if _is_array(d)]
-            self._cache = [result for result in decoded if _is_array(result)]
-            readable = bool(self._cache)
-        else:
-            readable = any(_is_array(self._try_read(file)) for file in self.files)
-        if not readable:
-            folder = files[0].parent
+            self.problems = [each for each in decoded if isinstance(each, str)]
+            self._cache = [each for each in decoded if not isinstance(each, str)]
+            pairs = zip(self.files, decoded, strict=True)
+            self.files = [file for file, each in pairs if not isinstance(each, str)]
+        if not self._cache and all(isinstance(self._try_read(f), str) for f in self.files):
             raise UsageError(
-                f"none of the {len(files)} pictures in {folder} can be read; "
+                f"none of the {len(files)} pictures in {files[0].parent} can be read; "
                 f"the first: {self._try_read(files[0])}"
             )
 
@@ -100,10 +97,6 @@ class Pictures(Dataset):
     def __getitem__(self, index: int) -> "np.ndarray | str":
         """The picture, or one line that says why it cannot be read."""
         return self._cache[index] if self._cache else self._try_read(self.files[index])
-
-
-def _is_array(value: object) -> bool:
-    return isinstance(value, np.ndarray)
 
 
 class Crops(Dataset):
@@ -129,7 +122,7 @@ class Crops(Dataset):
         for i in range(len(self.pictures)):
             index = (first + i) % len(self.pictures)
             pixels = self.pictures[index]
-            if _is_array(pixels):
+            if not isinstance(pixels, str):
                 crop = self._crop(pixels, np.random.default_rng((self.seed, epoch, first)))
                 return Crop(crop, self.pictures.files[index].name, tuple(problems))
             problems.append(pixels)
