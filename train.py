@@ -375,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         source = state.find_checkpoint(folder, args.checkpoint, args.continue_train)
         checkpoint = load_checkpoint(source) if source else None
-        workers = data.capped_workers(args.num_workers, processes.local_world_size)
+        workers = data.capped_workers(args.num_workers, processes)
         pictures, test_pictures = data.open_dataset(args.dataset, args.cache, processes)
         global_batch = args.batch_size * args.accumulate * processes.world_size
         epoch_steps = len(pictures) / global_batch

@@ -39,13 +39,10 @@ def checkpoint_path(folder: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def own_folder(folder: Path, is_first: bool) -> Iterator[None]:
-    """Make a run's folder, keep other runs out of it, and send the log there.
+    """Make a run's folder, keep other runs out of it, and send the log of the first process there.
 
     The system takes the lock back when this process ends, in whatever way, and workers forked
     from it do not hold it: a run that was killed can go on at once.
-
-    Args:
-        is_first: this process holds the lock, writes and speaks, of those that share the run.
 
     Raises:
         UsageError: another run is training there, or the folder cannot be written to.
