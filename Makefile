@@ -1,26 +1,44 @@
 PYTHON ?= python3
+# The versions that were tested, or with LATEST=1 the newest that requirements.txt admits.
+LATEST ?= 0
+ifeq ($(LATEST),1)
+VENV := .venv-latest
+PACKAGES := requirements-dev.txt
+INSTALL := -r requirements-dev.txt
+else
 VENV := .venv
+PACKAGES := requirements.lock
+INSTALL := --require-hashes -r requirements.lock
+endif
 BIN := $(VENV)/bin
 
 # OpenMP's threads else spin while they wait, which on a machine in use by others costs most of the time.
 export OMP_WAIT_POLICY := passive
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint lock bench clean
 
 help: ## Print this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-demo: $(VENV)/.installed ## Evaluate the shipped checkpoint with real bitstreams, then train a tiny network
+# A picture of your own is compared as well: make demo PICTURE=my.jpg
+PICTURE ?= demo/test/kodim20.png
+
+demo: $(VENV)/.installed ## Code pictures with the shipped checkpoint, compare, train it on for another rate
 	mkdir -p out
 	$(BIN)/python eval.py --data demo --checkpoint mambavc-light-0.0130 \
-		--json out/light.json --save-images out/light
-	$(BIN)/python -m tools.figures.visual --checkpoint mambavc-light-0.0130 --image demo/test/kodim20.png \
+		--json out/light-0.0130.json --save-images out/light-0.0130
+	$(BIN)/python -m tools.figures.visual --checkpoint mambavc-light-0.0130 --image "$(PICTURE)" \
 		--output out/comparison.png
 	rm -rf out/training
-	$(BIN)/python train.py -d demo --N 8 --M 40 --lambda 0.0130 --optimizer muon --schedule cosine \
-		--batch-size 4 --patch-size 64 64 --max-steps 100 --val-every 100 --save_path out/training
-	$(BIN)/python eval.py --data demo --checkpoint out/training/0.013/checkpoint_best.pth.tar
+	$(BIN)/python train.py -d demo --checkpoint mambavc-light-0.0130 --lambda 0.0035 \
+		--optimizer muon --learning-rate 5e-4 --schedule cosine --batch-size 2 --patch-size 128 128 \
+		--max-steps 30 --val-every 30 --save-every 30 --log-every 10 -n 0 --save_path out/training
+	$(BIN)/python eval.py --data demo --checkpoint out/training/0.0035/checkpoint_best.pth.tar \
+		--json out/light-0.0035.json --save-images out/light-0.0035
+	@echo
+	@$(BIN)/python -m tools.points out/light-0.0130.json out/light-0.0035.json
+	@echo "The pictures are in out/, with $(PICTURE) beside WebP and JPEG in out/comparison.png."
 
 test: $(VENV)/.installed ## Run the tests
 	$(BIN)/python -m pytest -q
@@ -32,11 +50,14 @@ lint: $(VENV)/.installed ## Check style
 bench: $(VENV)/.installed ## Time the kernels and the network on this machine
 	$(BIN)/python -m tools.benchmark
 
-clean: ## Remove what the other targets made
-	rm -rf $(VENV) out
+lock: ## Write requirements.lock anew, with the newest versions (needs uv)
+	uv pip compile --quiet --upgrade --universal --python-version 3.10 --generate-hashes \
+		requirements-dev.txt --output-file requirements.lock
 
-$(VENV)/.installed: requirements.txt requirements-dev.txt
+clean: ## Remove what the other targets made
+	rm -rf .venv .venv-latest out
+
+$(VENV)/.installed: requirements.txt requirements-dev.txt $(PACKAGES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -U pip
-	$(BIN)/pip install -q -r requirements-dev.txt
+	$(BIN)/pip install -q $(INSTALL)
 	touch $@

@@ -1,33 +1,42 @@
-"""Code pictures to `.mvc` files and back.
+"""Code pictures to .mvc files and back.
 
     python codec.py encode IN.png OUT.mvc --checkpoint C
     python codec.py decode IN.mvc OUT.png --checkpoint C
     python codec.py info IN.mvc
 
-Several inputs go to an output folder. ``-`` is standard input or output. Exit codes: 0 success,
-1 the data cannot be used, 2 the command cannot be carried out as given.
+Several inputs go to an output folder. - is standard input or output. Pictures in another colour
+space are converted to sRGB. Decode to .png, .bmp, .tiff, .ppm or .webp to keep every sample; .jpg,
+.gif and .avif lose quality again, which a warning says. Exit codes: 0 success, 1 the data cannot be
+used, 2 the command cannot be carried out as given.
 """
 
+from __future__ import annotations
+
 import argparse
-import contextlib
 import functools
 import io
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 import utils
-from models import SliceHyperprior, container
-from models import checkpoint as checkpoint_file
-from utils import DataError, UsageError
+from models import container
+from models.checkpoint import find_checkpoint
+from models.memory import check_memory
+from utils import DataError, UsageError, data_errors
+
+if TYPE_CHECKING:
+    from models import Coder
 
 STANDARD = "-"
-MAX_PICTURE_BYTES = 2**30  # of a picture file on standard input
+MAX_PICTURE_BYTES = 2**30  # of a picture file
+FIXED_SIZES = ("ICO", "ICNS")  # formats that scale a picture to one of their own sizes
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,7 +69,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--verify",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="decode what was written before reporting success (default)",
+        help="decode the coded picture before it is written (default)",
     )
     encode.add_argument(
         "--fast-entropy",
@@ -94,8 +103,10 @@ def plan(inputs: Sequence[str], output: str, ending: str, force: bool) -> list[J
             would have the same output, or an output cannot be written.
     """
     sources = [_source(name) for name in inputs]
+    if not output:
+        raise UsageError("the name of the output is empty; give a file, a folder or -")
     folder = output != STANDARD and (
-        len(inputs) > 1 or output[-1:] in "/\\" or Path(output).is_dir()
+        len(inputs) > 1 or output[-1] in "/\\" or os.path.isdir(output)
     )
     if len(inputs) > 1 and output == STANDARD:
         raise UsageError("several inputs need an output folder, not standard output")
@@ -114,160 +125,131 @@ def plan(inputs: Sequence[str], output: str, ending: str, force: bool) -> list[J
         if job.target in targets:
             raise UsageError(f"two inputs would be written to {job.target}; rename one of them")
         targets.add(job.target)
-        if job.target.exists() and not force:
-            raise UsageError(f"{job.target} exists; give --force to overwrite it")
-        if job.target.exists() and job.source and job.target.samefile(job.source):
-            raise UsageError(f"{job.target} is both input and output; give another output")
+        if os.path.isfile(job.target):  # a device or a pipe takes data without losing any
+            if not force:
+                raise UsageError(f"{job.target} exists; give --force to overwrite it")
+            if job.source and job.target.samefile(job.source):
+                raise UsageError(f"{job.target} is both input and output; give another output")
     if folder:
         utils.make_folder(Path(output))
-    elif jobs[0].target:
-        utils.check_output(jobs[0].target)
+    for target in targets:
+        utils.check_output(target)
     return jobs
 
 
 def _source(name: str) -> Path | None:
     if name == STANDARD:
+        if sys.stdin is None:
+            raise UsageError("standard input is closed; give the name of a file")
         return None
-    if not Path(name).exists():
-        raise UsageError(f"{name} does not exist")
-    if Path(name).is_dir():
+    if not os.path.exists(name):
+        raise UsageError(f"{name or 'an input with an empty name'} does not exist")
+    if os.path.isdir(name):
         raise UsageError(f"{name} is a folder; give the files in it")
     return Path(name)
 
 
-def read_bytes(source: Path | None, limit: int) -> bytes:
+def read_bytes(job: Job, limit: int) -> bytes:
     """Contents of a file or of standard input.
 
     Raises:
-        DataError: there are more than ``limit`` bytes.
-        UsageError: the file cannot be read.
+        DataError: it cannot be read, or there are more than ``limit`` bytes.
     """
     try:
-        with (
-            contextlib.nullcontext(sys.stdin.buffer) if source is None else open(source, "rb")
-        ) as file:
-            data = file.read(limit + 1)
+        if job.source is None:
+            data = sys.stdin.buffer.read(limit + 1)
+        else:
+            with open(job.source, "rb") as file:
+                data = file.read(limit + 1)
     except OSError as error:
-        raise UsageError(f"cannot read {source}: {error.strerror}") from None
+        raise DataError(f"cannot read {job.name}: {error.strerror}") from None
     if len(data) > limit:
-        raise DataError(f"{source or 'standard input'} is too long; at most {limit} bytes expected")
+        raise DataError(f"{job.name} is too long; at most {limit} bytes expected")
     return data
 
 
-def write_bytes(data: bytes, target: Path | None, check: Callable[[bytes], None]) -> None:
+def write_bytes(data: bytes, target: Path | None) -> None:
     """Write a file or to standard output; an existing file is replaced at the very end.
 
-    Args:
-        check: called with what was written before it takes the target's place.
-
     Raises:
-        UsageError: it cannot be written.
+        BrokenPipeError: nobody reads standard output any more.
+        UsageError: it cannot be written for another reason.
     """
-    if target is None:
-        check(data)
     try:
         if target is None:
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
-            return
-        with utils.atomic_write(target) as temporary:
-            temporary.write_bytes(data)
-            check(temporary.read_bytes())
+        else:
+            with utils.atomic_write(target) as path:
+                path.write_bytes(data)
     except OSError as error:
+        if target is None and isinstance(error, BrokenPipeError):
+            raise
         where = target or "standard output"
         raise UsageError(f"cannot write {where}: {error.strerror or error}") from None
 
 
-@contextlib.contextmanager
-def data_errors(name: str) -> Iterator[None]:
-    """Say which input cannot be coded or decoded, and why.
-
-    Raises:
-        DataError: in place of the errors of the model and of the container.
-    """
-    try:
-        yield
-    except ValueError as error:  # BitstreamError is one
-        raise DataError(f"{name}: {error}") from None
-    except (MemoryError, RuntimeError) as error:
-        # PyTorch's CPU allocator raises a bare RuntimeError.
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        raise DataError(f"{name}: not enough memory for a picture of this size") from None
+def say(line: str, to: TextIO | None) -> None:
+    """Print a line above the progress bar; to nowhere if the stream is closed."""
+    if to is not None:
+        tqdm.write(line, file=to)
 
 
-class Codec:
-    """A model with its fingerprint: pictures to `.mvc` files and back.
+def warn(line: str) -> None:
+    say(f"warning: {line}", sys.stderr)
+
+
+def encode_file(load: Callable[[], Coder], job: Job, verify: bool) -> str:
+    """Code one picture; return a line about the result.
 
     Args:
-        load: returns the model, on the device. It is called for the first input that can be
-            coded: others are refused at once.
+        load: returns the coder; see `main`.
     """
 
-    def __init__(self, load: Callable[[], SliceHyperprior], device: torch.device):
-        self.load = load
-        self.device = device
+    def check_size(height: int, width: int) -> None:
+        container.check_size(height, width)
+        check_memory(load().model, height, width)
 
-    @functools.cached_property
-    def model(self) -> SliceHyperprior:
-        return self.load()
-
-    @functools.cached_property
-    def fingerprint(self) -> bytes:
-        return container.fingerprint(self.model)
-
-    @torch.inference_mode()
-    def encode(self, image: Image.Image, exact: bool) -> bytes:
-        """Code an 8-bit RGB picture.
-
-        Raises:
-            BitstreamError, ValueError: it is too large, or the model cannot code it.
-        """
-        container.check_size(image.height, image.width)
-        x = utils.to_tensor(image)[None].to(self.device)
-        compressed = self.model.compress(x, exact=exact)
-        return container.pack_picture(compressed, self.fingerprint, exact)
-
-    @torch.inference_mode()
-    def decode(self, data: bytes) -> Image.Image:
-        """Decode a `.mvc` file.
-
-        Raises:
-            BitstreamError: it cannot be decoded to the right picture.
-        """
-        stream = container.unpack(data)
-        arguments = container.unpack_picture(stream, self.fingerprint)
-        x_hat = self.model.decompress(**arguments, exact=stream.exact)["x_hat"]
-        return utils.to_image(x_hat[0])
-
-
-def encode_file(codec: Codec, job: Job, exact: bool, verify: bool) -> str:
-    """Code one picture; return a line about the result."""
-    source = job.source or io.BytesIO(read_bytes(None, MAX_PICTURE_BYTES))
-    image = utils.read_image(source, name=job.name, max_pixels=container.MAX_PIXELS)
-
-    def check(written: bytes) -> None:
+    source = io.BytesIO(read_bytes(job, MAX_PICTURE_BYTES))
+    image = utils.read_image(source, name=job.name, check_size=check_size, report=warn)
+    coder = load()
+    with data_errors(job.name):
+        x = utils.to_tensor(image)[None].to(next(coder.model.parameters()).device)
+        data = coder.encode(x)
         if verify:
-            codec.decode(written)
-
-    with data_errors(job.name):
-        data = codec.encode(image, exact)
-        write_bytes(data, job.target, check)
+            coder.decode(data)
+    write_bytes(data, job.target)
     return describe_size(image.width, image.height, len(data))
 
 
-def decode_file(codec: Codec, job: Job) -> str:
+def decode_file(load: Callable[[], Coder], job: Job) -> str:
     """Decode one `.mvc` file; return a line about the result."""
-    data = read_bytes(job.source, container.MAX_BYTES)
+    data = read_bytes(job, container.MAX_BYTES)
     with data_errors(job.name):
-        image = codec.decode(data)
-    picture = io.BytesIO()
-    try:
-        image.save(picture, format=picture_format(job.target))
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot write {job.target} in this format: {error}") from None
-    write_bytes(picture.getvalue(), job.target, lambda written: None)
+        stream = container.unpack(data)
+        check_memory(load().model, stream.height, stream.width)
+        image = utils.to_image(load().decode(stream)[0])
+    write_bytes(save_picture(image, job.target), job.target)
     return describe_size(image.width, image.height, len(data))
+
+
+def save_picture(image: Image.Image, target: Path | None) -> bytes:
+    """A picture in the format of a file's ending; warns if that does not keep every sample.
+
+    Raises:
+        DataError: the format cannot hold it.
+    """
+    name = picture_format(target)
+    file = io.BytesIO()
+    try:
+        image.save(file, format=name, **({"lossless": True} if name == "WEBP" else {}))
+        with Image.open(file) as saved:
+            same = saved.convert("RGB").tobytes() == image.tobytes()
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot write {target} in this format: {error}") from None
+    if not same:
+        warn(f"{target}: {name} loses quality again; decode to .png to keep every sample")
+    return file.getvalue()
 
 
 def describe_size(width: int, height: int, num_bytes: int) -> str:
@@ -300,12 +282,14 @@ def picture_format(target: Path | None) -> str:
     if target is None:
         return "PNG"
     name = Image.registered_extensions().get(target.suffix.lower())
-    if name not in Image.SAVE:
+    if name not in Image.SAVE or name not in Image.OPEN:
         raise UsageError(f"no picture format ends in {target.suffix!r}; use .png, for instance")
+    if name in FIXED_SIZES:
+        raise UsageError(f"{name} files hold pictures of a few fixed sizes only; use .png instead")
     return name
 
 
-def run(jobs: Sequence[Job], work: Callable[[Job], str], to: object) -> None:
+def run(jobs: Sequence[Job], work: Callable[[Job], str], to: TextIO | None) -> None:
     """Do all jobs and print a line about each to the stream ``to``.
 
     Raises:
@@ -319,9 +303,9 @@ def run(jobs: Sequence[Job], work: Callable[[Job], str], to: object) -> None:
             if len(jobs) == 1:
                 raise
             failed += 1
-            tqdm.write(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}", sys.stderr)
         else:
-            tqdm.write(f"{job.name}: {line}", file=to)
+            say(f"{job.name}: {line}", to)
     if failed:
         raise DataError(f"{failed} of {len(jobs)} files failed; they are named above")
 
@@ -332,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         def work(job: Job) -> str:
             with data_errors(job.name):
-                return describe(read_bytes(job.source, container.MAX_BYTES))
+                return describe(read_bytes(job, container.MAX_BYTES))
 
         run([Job(_source(name), None) for name in args.inputs], work, sys.stdout)
         return
@@ -341,16 +325,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     jobs = plan(args.inputs, args.output, ending, args.force)
     if args.command == "decode":
         picture_format(jobs[0].target)
-    if args.output == STANDARD and sys.stdout.isatty():
-        raise UsageError("standard output is a terminal; redirect it to a file or a pipe")
-    device = utils.select_device(args.cuda)
-    checkpoint = checkpoint_file.find_checkpoint(args.checkpoint)
-    codec = Codec(functools.partial(checkpoint_file.load_model, checkpoint, device), device)
+    if args.output == STANDARD and (sys.stdout is None or sys.stdout.isatty()):
+        raise UsageError("standard output is closed or a terminal; redirect it to a file or a pipe")
+    checkpoint = find_checkpoint(args.checkpoint)
+
+    @functools.cache
+    def load() -> Coder:
+        """The coder, made when the first input is found fit to be coded.
+
+        All that is checked before costs no PyTorch, which takes seconds to import.
+        """
+        from models import Coder, load_model
+
+        device = utils.select_device(args.cuda)
+        exact = args.command == "decode" or not args.fast_entropy
+        model = load_model(checkpoint, device)
+        with data_errors(checkpoint):  # whose tables may be damaged
+            return Coder(model, exact=exact)
 
     def work(job: Job) -> str:
         if args.command == "encode":
-            return encode_file(codec, job, not args.fast_entropy, args.verify)
-        return decode_file(codec, job)
+            return encode_file(load, job, args.verify)
+        return decode_file(load, job)
 
     run(jobs, work, sys.stderr if args.output == STANDARD else sys.stdout)
 

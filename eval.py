@@ -1,27 +1,35 @@
 """Evaluate a checkpoint on a folder of pictures, by default with real bitstreams."""
 
+from __future__ import annotations
+
 import argparse
 import json
-import logging
+import math
+import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import utils
-from kernels.graphs import Replay
-from models import SliceHyperprior, container
-from models import checkpoint as checkpoint_file
-from utils import UsageError
+from models import container
+from models.checkpoint import find_checkpoint
+from models.memory import check_memory
+from utils import DataError, UsageError
 
-logger = logging.getLogger("mambavc")
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from models import Coder
 
 MAX_PSNR_GAP = 0.01  # dB between the decoded stream and the estimate's reconstruction
-MAX_GRAPHED_SIZES = 8  # whose CUDA graphs are kept
 MAX_RATE_EXCESS = 0.02  # of real over estimated rate, before it is worth a warning
+TIMES = {"encoding_time": "encode s", "decoding_time": "decode s", "forward_time": "forward s"}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -57,65 +65,113 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-@torch.inference_mode()
-def evaluate_image(
-    model: SliceHyperprior, fingerprint: bytes, x: Tensor, estimate: bool, exact: bool
-) -> tuple[dict, Tensor]:
+def evaluate_image(coder: Coder, x: Tensor, estimate: bool) -> tuple[dict, Tensor]:
     """Measure one picture (1, 3, height, width); return its row and the reconstruction.
 
-    The row's keys are those of the results JSON; see `README.md` for the conventions.
+    The row's keys are those of the results JSON; see `results/README.md` for the conventions. They
+    are CompressAI's where it has one.
 
     Raises:
-        DataError: the decoded stream and the estimate reconstruct different pictures.
+        DataError: the network's output is not finite, or the decoded stream and the estimate
+            reconstruct different pictures.
     """
+    import torch
+
     height, width = x.shape[-2:]
     start = utils.clock(x.device)
-    output = model(x)
+    with torch.inference_mode():
+        output = coder.model(x)
     forward_time = utils.clock(x.device) - start
     estimated_bpp = utils.estimated_bpp(output["likelihoods"], height * width)
+    if not math.isfinite(estimated_bpp):
+        raise DataError("the network's estimate of the rate is not finite; check its weights")
     x_hat = output["x_hat"].clamp(0, 1)
+    estimated_psnr = utils.psnr(x_hat, x)
     row = {"width": width, "height": height, "estimated-bpp": estimated_bpp}
     if estimate:
         row |= {"bpp": estimated_bpp, "forward_time": forward_time}
     else:
         start = utils.clock(x.device)
-        stream = container.pack_picture(model.compress(x, exact=exact), fingerprint, exact)
+        stream = coder.encode(x)
         encoded = utils.clock(x.device)
-        x_hat_real = model.decompress(**container.unpack_picture(stream, fingerprint), exact=exact)[
-            "x_hat"
-        ]
+        decoded_x_hat = coder.decode(stream)
         decoded = utils.clock(x.device)
         gap = 0.0
-        if not torch.equal(utils.to_uint8(x_hat_real), utils.to_uint8(x_hat)):
-            gap = utils.psnr(x_hat_real, x) - utils.psnr(x_hat, x)
+        if not torch.equal(utils.to_uint8(decoded_x_hat), utils.to_uint8(x_hat)):
+            gap = utils.psnr(decoded_x_hat, x) - estimated_psnr
         if not abs(gap) <= MAX_PSNR_GAP:
-            raise utils.DataError(
+            raise DataError(
                 f"the decoded stream's PSNR is {gap:+.3f} dB off the estimate's "
                 f"(at most {MAX_PSNR_GAP} dB expected); the stream does not decode to what was "
                 "encoded: do not trust this checkpoint's results"
             )
-        x_hat = x_hat_real
+        x_hat = decoded_x_hat
         row |= {
             "bpp": 8 * len(stream) / (height * width),
-            "encode_time": encoded - start,
-            "decode_time": decoded - encoded,
+            "encoding_time": encoded - start,
+            "decoding_time": decoded - encoded,
         }
     row["psnr-rgb"] = utils.psnr(x_hat, x)
     row["ms-ssim-rgb"] = utils.ms_ssim(x_hat, x)
     return row, x_hat
 
 
+def evaluate(
+    coder: Coder, files: Sequence[Path], device: torch.device, args: argparse.Namespace
+) -> tuple[list[dict], list[str]]:
+    """Rows of the pictures (see `evaluate_image`), and the names of files that cannot be read.
+
+    Raises:
+        DataError: the network fails on a picture, or no file can be read.
+    """
+    rows: list[dict] = []
+    problems: dict[str, str] = {}
+
+    def check_size(height: int, width: int) -> None:
+        container.check_size(height, width)
+        check_memory(coder.model, height, width)
+
+    for file in tqdm(files, desc="eval", unit="picture", disable=None, leave=False):
+        try:
+            image = utils.read_image(file, check_size=check_size, report=note)
+        except DataError as error:
+            problems[file.name] = str(error)
+            note(f"skipped: {error}")
+            continue
+        x = utils.to_tensor(image)[None].to(device)
+        # Compilation, caches and, for each size, the capture of graphs stay out of the times.
+        calls = 1 if rows else 2
+        if args.cuda_graph and not coder.has_graphs(x):
+            calls = 3
+        with utils.data_errors(file):
+            for _ in range(calls):
+                row, x_hat = evaluate_image(coder, x, args.estimate)
+        rows.append({"name": file.name, **row})
+        if args.save_images:
+            with utils.atomic_write(args.save_images / f"{file.stem}.png") as path:
+                utils.to_image(x_hat[0]).save(path, format="PNG")
+    if not rows:
+        first = next(iter(problems.values()))
+        raise DataError(f"none of the {len(files)} pictures can be read; the first: {first}")
+    return rows, [*problems]
+
+
+def note(line: str) -> None:
+    """Print a line to standard error, above the progress bar."""
+    tqdm.write(line, file=sys.stderr)
+
+
 def summarise(rows: Sequence[dict]) -> dict[str, float]:
     """Mean of each measured quantity over the pictures that have it."""
     keys = [key for key in rows[0] if key not in ("name", "width", "height")]
     values = {key: [row[key] for row in rows if row[key] is not None] for key in keys}
-    return {key: utils.mean(column) for key, column in values.items() if column}
+    return {key: fmean(column) for key, column in values.items() if column}
 
 
 def print_table(rows: Sequence[dict], means: dict[str, float]) -> None:
-    times = [key for key in ("encode_time", "decode_time", "forward_time") if key in rows[0]]
+    times = [key for key in TIMES if key in rows[0]]
     header = f"{'picture':<24} {'bpp':>8} {'estimated':>9} {'PSNR dB':>8} {'MS-SSIM':>8} {'dB':>6}"
-    print(header + "".join(f" {key.replace('_time', ' s'):>9}" for key in times))
+    print(header + "".join(f" {TIMES[key]:>9}" for key in times))
     for row in [*rows, {"name": "mean", **means}]:
         similarity = row.get("ms-ssim-rgb")
         cells = f"{similarity:8.5f} {utils.ms_ssim_db(similarity):6.2f}" if similarity else ""
@@ -125,56 +181,18 @@ def print_table(rows: Sequence[dict], means: dict[str, float]) -> None:
         )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
-    utils.setup_logging()
-    device = utils.select_device(args.cuda)
-    folder = args.data / "test" if (args.data / "test").is_dir() else args.data
-    files = utils.list_images(folder)
-    if args.json:
-        utils.check_output(args.json)
-    if args.save_images:
-        same = [name for name, n in Counter(f.stem for f in files).items() if n > 1]
-        if same:
-            raise UsageError(
-                f"--save-images names pictures by their files without endings, and {folder} has "
-                f"several of {', '.join(same[:5])}; rename them"
-            )
-        utils.make_folder(args.save_images)
-    model = checkpoint_file.load_model(args.checkpoint, device)
-    if args.cuda_graph:
-        model.run_stage = Replay()
-    fingerprint = container.fingerprint(model)
-    exact = not args.fast_entropy
-
-    rows = []
-    warm: set[torch.Size] = set()
-    for file in tqdm(files, desc="eval", unit="picture", disable=None, leave=False):
-        x = utils.to_tensor(utils.read_image(file))[None].to(device)
-        try:
-            # Compilation, caches and, for each size, the capture of graphs stay out of the times.
-            if not warm or (args.cuda_graph and x.shape not in warm):
-                if len(warm) == MAX_GRAPHED_SIZES:
-                    model.run_stage.forget()
-                    warm.clear()
-                for _ in range(2 if args.cuda_graph else 1):
-                    evaluate_image(model, fingerprint, x, args.estimate, exact)
-                warm.add(x.shape)
-            row, x_hat = evaluate_image(model, fingerprint, x, args.estimate, exact)
-        except utils.DataError as error:
-            raise utils.DataError(f"{file}: {error}") from None
-        rows.append({"name": file.name, **row})
-        if args.save_images:
-            with utils.atomic_write(args.save_images / f"{file.stem}.png") as path:
-                utils.to_image(x_hat[0]).save(path, format="PNG")
-
-    means = summarise(rows)
-    print_table(rows, means)
+def print_warnings(rows: Sequence[dict], means: dict[str, float], skipped: Sequence[str]) -> None:
+    """What a reader of the table should know about its numbers."""
     small = [row["name"] for row in rows if row["ms-ssim-rgb"] is None]
     if small:
         print(
             f"MS-SSIM needs sides of at least {utils.MS_SSIM_MIN_SIDE} pixels; "
             f"skipped for {len(small)} of {len(rows)}: {', '.join(small[:5])}"
+        )
+    if skipped:
+        print(
+            f"warning: {len(skipped)} of {len(rows) + len(skipped)} files could not be read and "
+            f"are not part of the means: {', '.join(skipped[:5])}"
         )
     excess = means["bpp"] / means["estimated-bpp"] - 1
     if excess > MAX_RATE_EXCESS:
@@ -183,6 +201,74 @@ def main(argv: Sequence[str] | None = None) -> None:
             "the entropy bottleneck that have not converged when the CDF tables were built, or "
             "pictures so small that the stream's header weighs"
         )
+
+
+def check_reconstructions(files: Sequence[Path], folder: Path) -> None:
+    """Make sure that each picture's reconstruction can be written to this folder, over none.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    same = [name for name, n in Counter(f.stem for f in files).items() if n > 1]
+    if same:
+        raise UsageError(
+            f"--save-images names pictures by their files without endings, and {files[0].parent} "
+            f"has several of {', '.join(same[:5])}; rename them"
+        )
+    utils.make_folder(folder)
+    targets = [folder / f"{file.stem}.png" for file in files]
+    for target in targets:
+        utils.check_output(target)
+    originals = [file.stat() for file in files]
+    overwritten = [target for target in targets if target.exists() and _is_one(target, originals)]
+    if overwritten or folder.samefile(files[0].parent):
+        raise UsageError(
+            f"--save-images {folder} would write over the pictures that are evaluated, or among "
+            "them; give another folder"
+        )
+
+
+def _is_one(file: Path, others: Sequence[os.stat_result]) -> bool:
+    return any(os.path.samestat(file.stat(), other) for other in others)
+
+
+def to_json(results: dict) -> str:
+    """Results as JSON, which knows no infinity: the PSNR of identical pictures becomes null."""
+
+    def finite(value):
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [finite(item) for item in value]
+        return None if value == math.inf else value
+
+    return json.dumps(finite(results), indent=2, allow_nan=False) + "\n"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    utils.setup_logging()
+    folder = args.data / "test" if (args.data / "test").is_dir() else args.data
+    files = utils.list_images(folder)
+    if args.json:
+        utils.check_output(args.json)
+    if args.save_images:
+        check_reconstructions(files, args.save_images)
+    checkpoint = find_checkpoint(args.checkpoint)
+
+    # Until here nothing needed PyTorch, which takes seconds to import.
+    import torch
+
+    from models import Coder, load_model
+
+    device = utils.select_device(args.cuda)
+    with utils.data_errors(checkpoint):
+        model = load_model(checkpoint, device)
+        coder = Coder(model, exact=not args.fast_entropy, graphs=args.cuda_graph)
+    rows, skipped = evaluate(coder, files, device, args)
+    means = summarise(rows)
+    print_table(rows, means)
+    print_warnings(rows, means, skipped)
     if args.json:
         results = {
             "name": Path(args.checkpoint).name,
@@ -191,9 +277,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             + f", {torch.cuda.get_device_name(device) if args.cuda else 'CPU'}",
             "results": {key: [value] for key, value in means.items()},
             "images": rows,
+            "skipped": skipped,
         }
         with utils.atomic_write(args.json) as path:
-            path.write_text(json.dumps(results, indent=2) + "\n")
+            path.write_text(to_json(results))
 
 
 if __name__ == "__main__":

@@ -229,23 +229,16 @@ def read_image(
         DataError: the file cannot be read as a picture, or it was refused.
     """
     name = source if name is None else name
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow, about metadata and large pictures
-            with Image.open(source) as image:
-                if check_size is not None:
-                    with data_errors(name):
-                        check_size(image.height, image.width)
-                image.load()
-                file_format, profile = image.format, image.info.get("icc_profile")
-                image = ImageOps.exif_transpose(image)
-    except DataError:
-        raise
-    except UnidentifiedImageError:
-        raise DataError(f"cannot read {name} as a picture: no format that Pillow knows") from None
-    except Exception as error:  # Pillow's readers raise many types for damaged files
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise DataError(f"cannot read {name} as a picture: {reason}") from None
+    with _picture_errors(name):
+        image = Image.open(source)
+    with image:
+        if check_size is not None:
+            with data_errors(name):
+                check_size(image.height, image.width)
+        with _picture_errors(name):
+            image.load()
+            file_format, profile = image.format, image.info.get("icc_profile")
+            image = ImageOps.exif_transpose(image)
     # Mode I holds the 16-bit samples of a PGM, and, with older versions of Pillow, of a PNG.
     if image.mode == "F" or (image.mode == "I" and file_format not in ("PNG", "PPM")):
         raise DataError(
@@ -268,6 +261,19 @@ def read_image(
         image = Image.composite(image, Image.new("RGB", image.size, "white"), opacity)
     image.info.pop("icc_profile", None)  # which a saved copy would still claim to be in
     return image
+
+
+@contextlib.contextmanager
+def _picture_errors(name: object) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, about metadata and large pictures
+            yield
+    except UnidentifiedImageError:
+        raise DataError(f"cannot read {name} as a picture: no format that Pillow knows") from None
+    except Exception as error:  # Pillow's readers raise many types for damaged files
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(f"cannot read {name} as a picture: {reason}") from None
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:

@@ -1,7 +1,16 @@
 """The four-direction selective scan. Needs PyTorch only; a backend is imported at its first use."""
 
-from kernels.fused import depthwise_conv_silu, norm_gate
+from kernels.backends import available_backends, use_backend
+from kernels.conv_silu import depthwise_conv_silu
+from kernels.norm_gate import norm_gate
 from kernels.project import project
-from kernels.scan import available_backends, selective_scan_2d
+from kernels.scan import selective_scan_2d
 
-__all__ = ["available_backends", "depthwise_conv_silu", "norm_gate", "project", "selective_scan_2d"]
+__all__ = [
+    "available_backends",
+    "depthwise_conv_silu",
+    "norm_gate",
+    "project",
+    "selective_scan_2d",
+    "use_backend",
+]

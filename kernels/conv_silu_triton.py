@@ -5,9 +5,12 @@ each map once and writes each result once (halos come from the cache). Channels 
 each thread owns four of them, 16 bytes in float32.
 
 Prefixes: `i_` program or loop index, `o_` offsets, `m_` mask, `p_` pointer, `b_` block value; two
-digits after a name are a tap's row and column. Sums over pixels are kept per program and added by
-`torch.sum`, so that they do not depend on the order in which programs run. No size below depends
-on the device.
+digits after a name are a tap's row and column. A condition that is one number enters a mask after
+`True &`: Triton 3.9's interpreter else takes it for an int32 when it spreads it over a block, and
+then refuses the mask (compiled code is the same).
+
+Sums over pixels are kept per program and added by `torch.sum`, so that they do not depend on the
+order in which programs run. No size below depends on the device.
 """
 
 import torch
@@ -24,12 +27,13 @@ ROWS = (2, 32)  # fewest, most: every program also reads a row above and one bel
 
 
 @triton.jit
-def _load_row(x, i_row, width, dim, o_w, o_x, m_c, m_row):
+def _load_row(x, i_row, width, dim, o_w, o_x, m_c, is_inside):
     """Pixels left of, at and right of each column of a row, [BLOCK_W, BLOCK_C] each."""
+    is_inside = True & is_inside
     p_row = x + i_row.to(tl.int64) * width * dim + o_x
-    m_left = (m_row & (o_w >= 1) & (o_w <= width))[:, None] & m_c[None, :]
-    m_mid = (m_row & (o_w < width))[:, None] & m_c[None, :]
-    m_right = (m_row & (o_w + 1 < width))[:, None] & m_c[None, :]
+    m_left = (is_inside & (o_w >= 1) & (o_w <= width))[:, None] & m_c[None, :]
+    m_mid = (is_inside & (o_w < width))[:, None] & m_c[None, :]
+    m_right = (is_inside & (o_w + 1 < width))[:, None] & m_c[None, :]
     b_left = tl.load(p_row - dim, mask=m_left, other=0.0)
     b_mid = tl.load(p_row, mask=m_mid, other=0.0)
     b_right = tl.load(p_row + dim, mask=m_right, other=0.0)
@@ -107,7 +111,7 @@ def _conv_kernel(
         if not TRANSPOSED:
             b_above = b_above / (1.0 + tl.exp(-b_above))
         p_out = out + (i_row - 1).to(tl.int64) * width * dim + o_x
-        tl.store(p_out, b_above.to(out.dtype.element_ty), mask=m_out & (i > first))
+        tl.store(p_out, b_above.to(out.dtype.element_ty), mask=m_out & (True & (i > first)))
         b_above, b_here = b_here, b_below
 
 
@@ -158,7 +162,7 @@ def _conv_grad_kernel(
         m_next = i + 1 < last
         b_next = _load_row(x, i_row + 2, width, dim, o_w, o_x, m_c, m_next & (i + 2 < height))
         p_dy = dy + (i_row + 1).to(tl.int64) * width * dim + o_x
-        b_dy_next = tl.load(p_dy, mask=m_out & m_next, other=0.0)
+        b_dy_next = tl.load(p_dy, mask=m_out & (True & m_next), other=0.0)
         b_pre = b_bias + b_x00 * b_w00 + b_x01 * b_w01 + b_x02 * b_w02
         b_pre = b_pre + b_x10 * b_w10 + b_x11 * b_w11 + b_x12 * b_w12
         b_pre = b_pre + b_x20 * b_w20 + b_x21 * b_w21 + b_x22 * b_w22
@@ -216,12 +220,12 @@ def _launch(x: Tensor, weight: Tensor, bias: Tensor, transposed: bool) -> Tensor
     return out
 
 
-def depthwise_conv_silu_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def conv_silu_forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """SiLU(depthwise conv(x) + bias) of contiguous x (batch, height, width, dim)."""
     return _launch(x, weight, bias, transposed=False)
 
 
-def depthwise_conv_silu_backward(
+def conv_silu_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; all inputs contiguous."""

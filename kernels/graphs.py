@@ -108,12 +108,13 @@ class GraphedUpdate:
 class Replay:
     """Runs functions without gradients, from the second call on with equal shapes as CUDA graphs.
 
-    For ``model.run_stage`` of one model, whose weights keep their memory (new values are fine).
-    A size of pictures takes 13 graphs, which are kept until `forget`.
+    A graph belongs to one function, or to one method of one object, which it keeps alive. It reads
+    what these refer to, such as weights, where that lay when the graph was made: new values are
+    seen, new tensors are not. Graphs are kept until `forget`.
     """
 
     def __init__(self):
-        self.seen: set = set()
+        self.seen: dict = {}
         self.forget()
 
     def forget(self) -> None:
@@ -124,16 +125,17 @@ class Replay:
 
     def __call__(self, function: Callable, *args):
         """Return ``function(*args)``: tensors, or tuples or dicts of them."""
+        owner = getattr(function, "__self__", None)
         key = (
-            # A method counts as itself whatever object it belongs to.
             getattr(function, "__func__", function),
+            id(owner),  # objects may be equal without being the same
             *(
                 (a.shape, a.dtype, a.stride(), a.device) if isinstance(a, Tensor) else a
                 for a in args
             ),
         )
         if key not in self.seen:
-            self.seen.add(key)
+            self.seen[key] = owner  # alive, it keeps its identity to itself
             with torch.no_grad():
                 return function(*args)
         if key not in self.graphs:

@@ -1,10 +1,11 @@
 """Products of all pixels of a map with one matrix."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+from kernels import backends
+
+__all__ = ["project"]
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
@@ -21,6 +22,6 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         (batch, height, width, out).
     """
-    if _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
+    if backends.runs_onednn(x):
         return F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None]).permute(0, 2, 3, 1)
     return F.linear(x, weight)

@@ -1,74 +1,13 @@
-"""The public scan and the choice of the backend that runs it."""
-
-import functools
-import importlib.util
-import logging
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+"""The public scan: its contract, the checks of its arguments, its precision."""
 
 import torch
 from torch import Tensor
 
-from kernels import scan_operator as ops
-from kernels import scan_reference as reference
+from kernels import backends, scan_operator, scan_reference
 from kernels.project import project
+from kernels.scan_reference import ScanInputs
 
-__all__ = ["BACKEND_VARIABLE", "available_backends", "selective_scan_2d"]
-
-logger = logging.getLogger("mambavc")
-
-BACKEND_VARIABLE = "MAMBAVC_SCAN_BACKEND"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclass(frozen=True)
-class Backend:
-    """One way to run the scan.
-
-    ``why_not(device_type)`` is None where it can run, else what is missing and what to do.
-    ``run`` takes the arguments of `kernels.scan_reference.scan_2d`, contiguous.
-    """
-
-    name: str
-    why_not: Callable[[str], str | None]
-    run: Callable[..., Tensor]
-
-
-@functools.cache
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-def _why_not(device_type: str, needed: str, package: str, install: str) -> str | None:
-    if device_type != needed:
-        return f"it runs on {needed} tensors only, got {device_type}"
-    if not _is_installed(package):
-        return f"{package} is not installed; run: pip install {install}"
-    return None
-
-
-def _run_mamba_ssm(*args: Tensor) -> Tensor:
-    from kernels.scan_mamba_ssm import scan_2d
-
-    return scan_2d(*args)
-
-
-_BACKENDS = {
-    backend.name: backend
-    for backend in (
-        Backend("triton", lambda device: _why_not(device, "cuda", "triton", "triton"), ops.scan_2d),
-        Backend("cpu", lambda device: _why_not(device, "cpu", "numba", "numba"), ops.scan_2d),
-        Backend(
-            "mamba_ssm",
-            lambda device: _why_not(
-                device, "cuda", "mamba_ssm", "--no-build-isolation -r requirements-cuda.txt"
-            ),
-            _run_mamba_ssm,
-        ),
-        Backend("reference", lambda device: None, reference.scan_2d),
-    )
-}
+__all__ = ["selective_scan_2d"]
 
 
 def selective_scan_2d(
@@ -98,9 +37,9 @@ def selective_scan_2d(
         dt_projs_bias: (4, dim).
         A_logs: (4 * dim, dstate).
         Ds: (4 * dim,).
-        backend: ``auto``, ``triton``, ``cpu``, ``mamba_ssm`` or ``reference``. The environment
-            variable MAMBAVC_SCAN_BACKEND says what ``auto`` stands for; without it the compiled
-            backend of x's device, or the reference where that is missing.
+        backend: ``auto``, ``triton``, ``cpu``, ``mamba_ssm`` or ``reference``. ``auto`` is what
+            `kernels.use_backend` or the environment says; without either the compiled backend
+            of x's device, or the reference where that is missing.
 
     Returns:
         (batch, height, width, dim) in x's dtype. States, delta and sums are float32, for float64
@@ -116,13 +55,22 @@ def selective_scan_2d(
         torch.Size([1, 8, 8, 192])
     """
     _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds)
-    run = _choose(backend, x.device.type).run
+    backend = backends.choose_scan(backend, x.device.type)
     # One product for all directions, in image order: it commutes with the orders of the scan.
     x_dbl = project(x, x_proj_weight.flatten(0, 1).to(x.dtype)).to(x.dtype)
     x_dbl = x_dbl.unflatten(-1, x_proj_weight.shape[:2])
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     parameters = (dt_projs_weight, dt_projs_bias, A_logs, Ds)
-    return run(x.contiguous(), x_dbl.contiguous(), *(p.to(dtype).contiguous() for p in parameters))
+    inputs = ScanInputs(
+        x.contiguous(), x_dbl.contiguous(), *(p.to(dtype).contiguous() for p in parameters)
+    )
+    if backend == "reference":
+        return scan_reference.scan_2d(inputs)
+    if backend == "mamba_ssm":
+        from kernels import scan_mamba_ssm
+
+        return scan_mamba_ssm.scan_2d(inputs)
+    return scan_operator.scan_2d(*inputs)  # triton or cpu, whichever x's device has
 
 
 def _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds) -> None:
@@ -130,14 +78,15 @@ def _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds) -> None
         raise ValueError(
             f"x must be (batch, height, width, dim) and not empty, got {tuple(x.shape)}"
         )
-    if x.dtype not in _DTYPES:
-        raise ValueError(f"x must be float32, float64, bfloat16 or float16, got {x.dtype}")
+    backends.check_dtype("x", x)
     if dt_projs_weight.ndim != 3 or A_logs.ndim != 2:
         raise ValueError(
             "dt_projs_weight must be (4, dim, dt_rank) and A_logs (4 * dim, dstate), got "
             f"{tuple(dt_projs_weight.shape)} and {tuple(A_logs.shape)}"
         )
     dim, dt_rank, dstate = x.shape[3], dt_projs_weight.shape[2], A_logs.shape[1]
+    if dt_rank == 0 or dstate == 0:
+        raise ValueError(f"dt_rank and dstate must be at least 1, got {dt_rank} and {dstate}")
     for name, parameter, shape in (
         ("x_proj_weight", x_proj_weight, (4, dt_rank + 2 * dstate, dim)),
         ("dt_projs_weight", dt_projs_weight, (4, dim, dt_rank)),
@@ -150,44 +99,3 @@ def _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds) -> None
                 f"{name} must be {shape} for x {tuple(x.shape)}, dt_rank {dt_rank} and dstate "
                 f"{dstate}, got {tuple(parameter.shape)}"
             )
-
-
-def _choose(name: str, device_type: str) -> Backend:
-    if name == "auto":
-        name = os.environ.get(BACKEND_VARIABLE, "auto")
-    if name == "auto":
-        return _BACKENDS[_automatic(device_type)]
-    if name not in _BACKENDS:
-        raise ValueError(f"unknown scan backend {name!r}; choose auto, {', '.join(_BACKENDS)}")
-    reason = _BACKENDS[name].why_not(device_type)
-    if reason is not None:
-        raise RuntimeError(f"scan backend {name!r} cannot run: {reason}")
-    return _BACKENDS[name]
-
-
-@torch.compiler.assume_constant_result
-def _automatic(device_type: str) -> str:
-    return _first_choice(device_type)
-
-
-@functools.cache
-def _first_choice(device_type: str) -> str:
-    """Name of the compiled backend of a device, else ``reference``; logs the choice once."""
-    wanted = {"cuda": "triton", "cpu": "cpu"}.get(device_type, "reference")
-    reason = _BACKENDS[wanted].why_not(device_type)
-    if reason is None:
-        logger.info("scan backend for %s tensors: %s", device_type, wanted)
-        return wanted
-    logger.warning(
-        "scan backend for %s tensors: reference, which is slow, because %s cannot run: %s",
-        device_type,
-        wanted,
-        reason,
-    )
-    return "reference"
-
-
-def available_backends(device: torch.device | str = "cpu") -> dict[str, str | None]:
-    """Every backend by name: None where it runs on tensors of this device, else why not."""
-    device_type = torch.device(device).type
-    return {name: backend.why_not(device_type) for name, backend in _BACKENDS.items()}

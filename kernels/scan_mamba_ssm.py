@@ -8,26 +8,23 @@ import torch
 from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
 from torch import Tensor
 
+from kernels.scan_reference import ScanInputs
 
-def scan_2d(
-    x: Tensor,
-    x_dbl: Tensor,
-    dt_projs_weight: Tensor,
-    dt_projs_bias: Tensor,
-    A_logs: Tensor,
-    Ds: Tensor,
-) -> Tensor:
+
+def scan_2d(inputs: ScanInputs) -> Tensor:
     """`kernels.scan_reference.scan_2d` for CUDA tensors of 32 or 16 bits."""
-    with torch.autocast(x.device.type, enabled=False):  # the extension wants one dtype throughout
-        return _scan_2d(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds)
+    # The extension wants one dtype throughout.
+    with torch.autocast(inputs.x.device.type, enabled=False):
+        return _scan_2d(inputs)
 
 
-def _scan_2d(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds):
+def _scan_2d(inputs: ScanInputs) -> Tensor:
+    x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds = inputs
     height, width, dim = x.shape[1:]
-    dt_rank, dstate = dt_projs_weight.shape[2], A_logs.shape[1]
+    dstate = inputs.dstate
     u = _in_scan_order(x.permute(0, 3, 1, 2).unsqueeze(1).expand(-1, 4, -1, -1, -1))
     rbc = _in_scan_order(x_dbl.permute(0, 3, 4, 1, 2))  # (batch, 4, rank + 2 dstate, L)
-    r, B, C = rbc.split([dt_rank, dstate, dstate], dim=2)
+    r, B, C = rbc.split([inputs.dt_rank, dstate, dstate], dim=2)
     delta = torch.einsum("bkrl,kdr->bkdl", r, dt_projs_weight.to(r.dtype))
     y = selective_scan_fn(
         u.flatten(1, 2),

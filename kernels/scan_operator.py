@@ -1,67 +1,64 @@
 """The compiled scan as PyTorch operators: `torch.ops.mambavc.scan_2d` and its backward.
 
-Both take the contract of `kernels.scan_reference.scan_2d`. CPU tensors run `kernels.scan_cpu`, CUDA
-tensors `kernels.scan_triton`; each is imported at its first call. The backward operator recomputes
-what it needs, so only the inputs are kept between the passes.
+Their tensors are those of `ScanInputs`, contiguous on a GPU. CPU tensors run `kernels.scan_cpu`,
+CUDA tensors `kernels.scan_triton`; each is imported at its first call. The backward operator
+recomputes what it needs, so only the inputs are kept between the passes.
 """
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.scan_reference import ScanInputs
+
 __all__ = ["scan_2d", "scan_flops", "scan_macs"]
 
+_INPUTS = ", ".join(f"Tensor {name}" for name in ScanInputs._fields)
+_GRADIENTS = ", ".join(["Tensor"] * len(ScanInputs._fields))
 
-@torch.library.custom_op("mambavc::scan_2d", mutates_args=(), device_types="cpu")
-def scan_2d(
-    x: Tensor,
-    x_dbl: Tensor,
-    dt_projs_weight: Tensor,
-    dt_projs_bias: Tensor,
-    A_logs: Tensor,
-    Ds: Tensor,
-) -> Tensor:
+
+@torch.library.custom_op(
+    "mambavc::scan_2d", mutates_args=(), device_types="cpu", schema=f"({_INPUTS}) -> Tensor"
+)
+def scan_2d(*inputs: Tensor) -> Tensor:
     from kernels.scan_cpu import scan_2d_forward
 
-    return scan_2d_forward(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds)
+    return scan_2d_forward(ScanInputs(*inputs))
 
 
 @scan_2d.register_kernel("cuda")
-def _(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds):
+def _scan_2d_cuda(*inputs):
     from kernels.scan_triton import scan_2d_forward
 
-    return scan_2d_forward(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds)
+    return scan_2d_forward(ScanInputs(*inputs))
 
 
 @scan_2d.register_fake
-def _(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds):
+def _scan_2d_shape(x, *others):
     return _empty(x)
 
 
-@torch.library.custom_op("mambavc::scan_2d_backward", mutates_args=(), device_types="cpu")
-def scan_2d_backward(
-    dy: Tensor,
-    x: Tensor,
-    x_dbl: Tensor,
-    dt_projs_weight: Tensor,
-    dt_projs_bias: Tensor,
-    A_logs: Tensor,
-    Ds: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+@torch.library.custom_op(
+    "mambavc::scan_2d_backward",
+    mutates_args=(),
+    device_types="cpu",
+    schema=f"(Tensor dy, {_INPUTS}) -> ({_GRADIENTS})",
+)
+def scan_2d_backward(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     from kernels.scan_cpu import scan_2d_backward as run
 
-    return run(dy, x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds)
+    return tuple(run(dy, ScanInputs(*inputs)))
 
 
 @scan_2d_backward.register_kernel("cuda")
-def _(dy, x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds):
+def _scan_2d_backward_cuda(dy, *inputs):
     from kernels.scan_triton import scan_2d_backward as run
 
-    return run(dy, x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds)
+    return tuple(run(dy, ScanInputs(*inputs)))
 
 
 @scan_2d_backward.register_fake
-def _(dy, *inputs):
+def _scan_2d_backward_shapes(dy, *inputs):
     return tuple(_empty(value) for value in inputs)
 
 
@@ -102,11 +99,9 @@ def scan_flops(batch: int, height: int, width: int, dim: int, dstate: int, dt_ra
 
 
 @register_flop_formula(torch.ops.mambavc.scan_2d)
-def _forward_flops(
-    x_shape, x_dbl_shape, dt_projs_weight_shape, dt_projs_bias_shape, A_logs_shape, Ds_shape,
-    *, out_shape=None, **kwargs,
-) -> int:  # fmt: skip
-    return scan_flops(*x_shape, A_logs_shape[1], dt_projs_weight_shape[2])
+def _forward_flops(*shapes, out_shape=None, **kwargs) -> int:
+    shapes = ScanInputs(*shapes)
+    return scan_flops(*shapes.x, shapes.A_logs[1], shapes.dt_projs_weight[2])
 
 
 @register_flop_formula(torch.ops.mambavc.scan_2d_backward)

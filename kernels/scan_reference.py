@@ -1,8 +1,38 @@
 """The four-direction selective scan, step by step in PyTorch: what every backend must match."""
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+class ScanInputs(NamedTuple):
+    """What every backend scans, all on one device.
+
+    `kernels.selective_scan_2d` makes them contiguous, and the parameters float32, or float64 for
+    float64 maps. Gradients come as another `ScanInputs`, each in the shape and dtype of its input.
+    """
+
+    x: Tensor  # (batch, height, width, dim); float32, float64, bfloat16 or float16
+    x_dbl: Tensor  # (batch, height, width, 4, dt_rank + 2 * dstate): [r | B | C] by direction
+    dt_projs_weight: Tensor  # (4, dim, dt_rank)
+    dt_projs_bias: Tensor  # (4, dim)
+    A_logs: Tensor  # (4 * dim, dstate), with A = -exp(A_logs)
+    Ds: Tensor  # (4 * dim,)
+
+    @property
+    def dt_rank(self) -> int:
+        return self.dt_projs_weight.shape[2]
+
+    @property
+    def dstate(self) -> int:
+        return self.A_logs.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of states, delta and sums."""
+        return torch.promote_types(self.x.dtype, torch.float32)
 
 
 def scan_orders(
@@ -21,14 +51,7 @@ def scan_orders(
     return order, order.argsort(dim=1)
 
 
-def scan_2d(
-    x: Tensor,
-    x_dbl: Tensor,
-    dt_projs_weight: Tensor,
-    dt_projs_bias: Tensor,
-    A_logs: Tensor,
-    Ds: Tensor,
-) -> Tensor:
+def scan_2d(inputs: ScanInputs) -> Tensor:
     """Scan `x` along four orders of its pixels and sum the four results in image order.
 
     With r_t, B_t and C_t the three parts of `x_dbl` for direction k at the pixel of step t
@@ -38,37 +61,27 @@ def scan_2d(
         h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t,    h_{-1} = 0,  A = -exp(A_logs)
         y_t = C_t . h_t + D x_t
 
-    Args:
-        x: (batch, height, width, dim), floating point; below float32 it is computed in float32.
-        x_dbl: (batch, height, width, 4, dt_rank + 2 * dstate), [r | B | C] of each direction.
-        dt_projs_weight: (4, dim, dt_rank).
-        dt_projs_bias: (4, dim).
-        A_logs: (4 * dim, dstate).
-        Ds: (4 * dim).
-
     Returns:
         (batch, height, width, dim) in the dtype of `x`, differentiable any number of times. Memory
         with gradients is about three float tensors of 4 * x.numel() * dstate: for tests and small
         maps.
     """
-    with torch.autocast(x.device.type, enabled=False):
-        return _scan_2d(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds)
+    with torch.autocast(inputs.x.device.type, enabled=False):
+        return _scan_2d(inputs)
 
 
-def _scan_2d(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds):
-    batch, height, width, dim = x.shape
-    dt_rank = dt_projs_weight.shape[2]
-    dstate = A_logs.shape[1]
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    W, bias = dt_projs_weight.to(dtype), dt_projs_bias.to(dtype)
-    A = -A_logs.to(dtype).exp().view(4, dim, dstate)
-    D = Ds.to(dtype).view(4, dim)
+def _scan_2d(inputs: ScanInputs) -> Tensor:
+    batch, height, width, dim = inputs.x.shape
+    dstate = inputs.dstate
+    x, x_dbl, W, bias, A_logs, D = (t.to(inputs.dtype) for t in inputs)
+    A = -A_logs.exp().view(4, dim, dstate)
+    D = D.view(4, dim)
 
     order, inverse = scan_orders(height, width, x.device)
-    x_k = x.to(dtype).flatten(1, 2)[:, order]  # (batch, 4, length, dim)
-    x_dbl = x_dbl.to(dtype).flatten(1, 2)
+    x_k = x.flatten(1, 2)[:, order]  # (batch, 4, length, dim)
+    x_dbl = x_dbl.flatten(1, 2)
     x_dbl = torch.stack([x_dbl[:, order[k], k] for k in range(4)], dim=1)  # (batch, 4, length, .)
-    r, B, C = x_dbl.split([dt_rank, dstate, dstate], dim=-1)
+    r, B, C = x_dbl.split([inputs.dt_rank, dstate, dstate], dim=-1)
     delta = F.softplus(torch.einsum("bklr,kdr->bkld", r, W) + bias[:, None])
 
     h = x_k.new_zeros(batch, 4, dim, dstate)
@@ -81,4 +94,4 @@ def _scan_2d(x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds):
     y = torch.stack(ys, dim=2) + D[:, None] * x_k  # (batch, 4, length, dim)
 
     y = sum(y[:, k, inverse[k]] for k in range(4))
-    return y.view(batch, height, width, dim).to(x.dtype)
+    return y.view(batch, height, width, dim).to(inputs.x.dtype)

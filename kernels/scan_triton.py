@@ -23,22 +23,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.scan_triton_backward import adjoint_state_kernel, projection_kernel, sweep_kernel
+from kernels.scan_reference import ScanInputs
+from kernels.scan_triton_backward import (
+    Sweep,
+    adjoint_state_kernel,
+    projection_kernel,
+    sweep_kernel,
+)
 from kernels.scan_triton_parts import (
     INTERPRETED,
     LOG2_E,
     SIZES,
-    SharedMemory,
+    Walk,
     arange,
+    both,
+    channels_states_ranks,
     exp2,
     fetch_channels,
-    fetch_rows,
+    fetch_group,
     first_pixel,
     gl,
     jit,
     load_direction,
     next_group,
     project_delta,
+    row_buffers,
+    store_group,
     zeros_like,
 )
 
@@ -79,24 +89,11 @@ def _chunk_state_kernel(
     width,
     chunk_size,
     num_chunks,
-    DIM: tl.constexpr,
-    DSTATE: tl.constexpr,
-    RANK: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PADDED_DSTATE: tl.constexpr,
-    PADDED_RANK: tl.constexpr,
-    STEPS: tl.constexpr,
-    ACC: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BY_STATE: tl.constexpr,
-    BY_CHANNEL: tl.constexpr,
-    FETCH_R: tl.constexpr,
-    FETCH_N: tl.constexpr,
-    SHARED: tl.constexpr,
+    META: tl.constexpr,  # a `Walk`
 ):
     """The state that each chunk but the last adds, and its sum of delta."""
-    NUM_BLOCKS: tl.constexpr = (DIM + CHANNELS - 1) // CHANNELS
-    ROW: tl.constexpr = RANK + 2 * DSTATE
+    STEPS: tl.constexpr = META.STEPS
+    NUM_BLOCKS: tl.constexpr = (META.DIM + META.CHANNELS - 1) // META.CHANNELS
     i_block = gl.program_id(0) % NUM_BLOCKS
     k = gl.program_id(0) // NUM_BLOCKS
     i_chunk = gl.program_id(1)
@@ -109,47 +106,44 @@ def _chunk_state_kernel(
     start = gl.where((k >= 2) & (i_chunk > 0), start + last_size, start)
     count = gl.where((k >= 2) & (i_chunk == 0), last_size, chunk_size)
 
-    o_c = i_block * CHANNELS + arange(CHANNELS, BY_CHANNEL)
-    o_n = arange(PADDED_DSTATE, BY_STATE)
-    o_r = arange(PADDED_RANK, BY_STATE)
-    m_c = o_c < DIM
+    o_c, o_n, o_r = channels_states_ranks(i_block, META)
+    m_c = o_c < META.DIM
     b_W, b_bias, b_A = load_direction(
-        dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r, DIM, DSTATE, RANK, ACC
+        dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r, META
     )
-    p_x = x + i_b * length * DIM + o_c
+    p_x = x + i_b * length * META.DIM + o_c
+    ROW: tl.constexpr = META.RANK + 2 * META.DSTATE
     p_r = x_dbl + i_b * length * (4 * ROW) + k * ROW
-    p_B = p_r + RANK
-    rs = SharedMemory(ACC, [PADDED_RANK, STEPS], SHARED)
-    Bs = SharedMemory(ACC, [PADDED_DSTATE, STEPS], SHARED)
+    rs, Bs, _ = row_buffers(META)
 
     b_h = zeros_like(b_A)  # [N, CH]
     b_sum = zeros_like(b_bias)  # [CH]
-    pixel, left, line, step, jump = first_pixel(start, k, height, width)
-    o_pixels, pixel, left = next_group(pixel, left, line, step, jump, count, STEPS)
-    b_rs = fetch_rows(p_r, o_pixels, RANK, PADDED_RANK, ROW, STEPS, ACC, FETCH_R)
-    b_Bs = fetch_rows(p_B, o_pixels, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
-    b_xs = fetch_channels(p_x, o_pixels, m_c, DIM, STEPS, ACC)
+    walk = first_pixel(start, k, height, width)
+    o_pixels, walk = next_group(walk, count, STEPS)
+    b_rows = fetch_group(p_r, o_pixels, META)
+    b_xs = fetch_channels(p_x, o_pixels, m_c, META)
     for i in range(0, count, STEPS):
-        rs.store(b_rs)
-        Bs.store(b_Bs)
-        o_pixels, pixel, left = next_group(pixel, left, line, step, jump, count - i - STEPS, STEPS)
-        b_rs = fetch_rows(p_r, o_pixels, RANK, PADDED_RANK, ROW, STEPS, ACC, FETCH_R)
-        b_Bs = fetch_rows(p_B, o_pixels, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
-        b_next_xs = fetch_channels(p_x, o_pixels, m_c, DIM, STEPS, ACC)
+        rs.store(b_rows[0])
+        Bs.store(b_rows[1])
+        o_pixels, walk = next_group(walk, count - i - STEPS, STEPS)
+        b_rows = fetch_group(p_r, o_pixels, META)
+        b_next_xs = fetch_channels(p_x, o_pixels, m_c, META)
         for t in gl.static_range(STEPS):
-            b_delta = project_delta(rs.slice(t, 1, 1).load(LAYOUT), b_W, b_bias)
+            b_delta = project_delta(rs.slice(t, 1, 1).load(META.LAYOUT), b_W, b_bias)
             # With a delta of zero, positions past the end leave the state alone.
             b_delta = gl.where(i + t < count, b_delta, 0.0)
-            b_B = Bs.slice(t, 1, 1).load(LAYOUT)
+            b_B = Bs.slice(t, 1, 1).load(META.LAYOUT)
             b_a = exp2(b_A * b_delta[None, :])
             b_h = b_a * b_h + b_B * (b_delta * b_xs[t])[None, :]
             b_sum += b_delta
         b_xs = b_next_xs
 
     i_slot = (k * gl.num_programs(2) + i_b) * num_chunks + i_chunk
-    gl.store(delta_sums + i_slot * DIM + o_c, b_sum, mask=m_c)
-    p_states = states + (i_slot + 1) * (DSTATE * DIM) + o_n[:, None] * DIM + o_c[None, :]
-    gl.store(p_states, b_h, mask=(o_n < DSTATE)[:, None] & m_c[None, :])
+    gl.store(delta_sums + i_slot * META.DIM + o_c, b_sum, mask=m_c)
+    p_states = (
+        states + (i_slot + 1) * (META.DSTATE * META.DIM) + o_n[:, None] * META.DIM + o_c[None, :]
+    )
+    gl.store(p_states, b_h, mask=(o_n < META.DSTATE)[:, None] & m_c[None, :])
 
 
 @jit(do_not_specialize=SIZES)
@@ -196,14 +190,14 @@ def _carry_kernel(
         b_as = ()
         b_hs = ()
         for j in gl.static_range(AHEAD):
-            m_ahead = m_c & (i + j < num_chunks - 1)
+            m_ahead = both(m_c, i + j < num_chunks - 1)
             o_chunk = (first + sign * (i + j)).to(gl.int64)
             b_sum = gl.load(p_sums + o_chunk * DIM, mask=m_ahead, other=0.0)
             b_as = b_as + (exp2(b_A * b_sum),)
             p_next = p_states + (o_chunk + sign) * (DSTATE * DIM)
             b_hs = b_hs + (gl.load(p_next, mask=m_ahead, other=0.0),)
         for j in gl.static_range(AHEAD):
-            m_ahead = m_c & (i + j < num_chunks - 1)
+            m_ahead = both(m_c, i + j < num_chunks - 1)
             b_h = b_as[j] * b_h + b_hs[j]
             p_next = p_states + (first + sign * (i + j + 1)).to(gl.int64) * (DSTATE * DIM)
             gl.store(p_next, b_h, mask=m_ahead)
@@ -211,46 +205,38 @@ def _carry_kernel(
 
 @jit
 def _walk_chunk(
-    x, x_dbl, y_sum, y, b_h, b_W, b_bias, b_A, b_D, o_image, start, count, k,
-    height, width, o_c, rs, Bs, Cs,
-    DIM: tl.constexpr, DSTATE: tl.constexpr, RANK: tl.constexpr, PADDED_DSTATE: tl.constexpr,
-    PADDED_RANK: tl.constexpr, STEPS: tl.constexpr, BEGINS: tl.constexpr, ACC: tl.constexpr,
-    LAYOUT: tl.constexpr, FETCH_R: tl.constexpr, FETCH_N: tl.constexpr,
+    x, x_dbl, y_sum, y, b_h, direction, b_D, o_image, start, count, k, height, width, o_c, buffers,
+    BEGINS: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
     """Write y_sum plus the outputs of direction k to y, for `count` positions from `start`."""
-    ROW: tl.constexpr = RANK + 2 * DSTATE
-    m_c = o_c < DIM
-    p_x = x + o_image * DIM + o_c
-    p_sum = y_sum + o_image * DIM + o_c
-    p_y = y + o_image * DIM + o_c
+    b_W, b_bias, b_A = direction
+    rs, Bs, Cs = buffers
+    STEPS: tl.constexpr = META.STEPS
+    ROW: tl.constexpr = META.RANK + 2 * META.DSTATE
+    m_c = o_c < META.DIM
+    p_x = x + o_image * META.DIM + o_c
+    p_sum = y_sum + o_image * META.DIM + o_c
+    p_y = y + o_image * META.DIM + o_c
     p_r = x_dbl + o_image * (4 * ROW) + k * ROW
-    p_B = p_r + RANK
-    p_C = p_B + DSTATE
-    pixel, left, line, step, jump = first_pixel(start, k, height, width)
-    o_pixels, pixel, left = next_group(pixel, left, line, step, jump, count, STEPS)
-    b_rs = fetch_rows(p_r, o_pixels, RANK, PADDED_RANK, ROW, STEPS, ACC, FETCH_R)
-    b_Bs = fetch_rows(p_B, o_pixels, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
-    b_Cs = fetch_rows(p_C, o_pixels, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
-    b_xs = fetch_channels(p_x, o_pixels, m_c, DIM, STEPS, ACC)
+    walk = first_pixel(start, k, height, width)
+    o_pixels, walk = next_group(walk, count, STEPS)
+    b_rows = fetch_group(p_r, o_pixels, META)
+    b_xs = fetch_channels(p_x, o_pixels, m_c, META)
     b_ys = b_xs
     if not BEGINS:
-        b_ys = fetch_channels(p_sum, o_pixels, m_c, DIM, STEPS, ACC)
+        b_ys = fetch_channels(p_sum, o_pixels, m_c, META)
     for i in range(0, count, STEPS):
-        rs.store(b_rs)
-        Bs.store(b_Bs)
-        Cs.store(b_Cs)
-        o_nexts, pixel, left = next_group(pixel, left, line, step, jump, count - i - STEPS, STEPS)
-        b_rs = fetch_rows(p_r, o_nexts, RANK, PADDED_RANK, ROW, STEPS, ACC, FETCH_R)
-        b_Bs = fetch_rows(p_B, o_nexts, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
-        b_Cs = fetch_rows(p_C, o_nexts, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
-        b_next_xs = fetch_channels(p_x, o_nexts, m_c, DIM, STEPS, ACC)
+        store_group(buffers, b_rows)
+        o_nexts, walk = next_group(walk, count - i - STEPS, STEPS)
+        b_rows = fetch_group(p_r, o_nexts, META)
+        b_next_xs = fetch_channels(p_x, o_nexts, m_c, META)
         b_next_ys = b_next_xs
         if not BEGINS:
-            b_next_ys = fetch_channels(p_sum, o_nexts, m_c, DIM, STEPS, ACC)
+            b_next_ys = fetch_channels(p_sum, o_nexts, m_c, META)
         for t in gl.static_range(STEPS):
-            b_delta = project_delta(rs.slice(t, 1, 1).load(LAYOUT), b_W, b_bias)
-            b_B = Bs.slice(t, 1, 1).load(LAYOUT)
-            b_C = Cs.slice(t, 1, 1).load(LAYOUT)
+            b_delta = project_delta(rs.slice(t, 1, 1).load(META.LAYOUT), b_W, b_bias)
+            b_B = Bs.slice(t, 1, 1).load(META.LAYOUT)
+            b_C = Cs.slice(t, 1, 1).load(META.LAYOUT)
             b_a = exp2(b_A * b_delta[None, :])
             b_h = b_a * b_h + b_B * (b_delta * b_xs[t])[None, :]
             b_y = gl.sum(b_C * b_h, axis=0)
@@ -258,8 +244,8 @@ def _walk_chunk(
                 b_y += b_D * b_xs[t]
             else:
                 b_y += b_ys[t]
-            m_t = m_c & (i + t < count)
-            gl.store(p_y + o_pixels[t] * DIM, b_y.to(y.dtype.element_ty), mask=m_t)
+            m_t = both(m_c, i + t < count)
+            gl.store(p_y + o_pixels[t] * META.DIM, b_y.to(y.dtype.element_ty), mask=m_t)
         o_pixels = o_nexts
         b_xs = b_next_xs
         b_ys = b_next_ys
@@ -281,20 +267,7 @@ def _output_kernel(
     chunk_size,
     num_chunks,
     ORDER: tl.constexpr,
-    DIM: tl.constexpr,
-    DSTATE: tl.constexpr,
-    RANK: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PADDED_DSTATE: tl.constexpr,
-    PADDED_RANK: tl.constexpr,
-    STEPS: tl.constexpr,
-    ACC: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BY_STATE: tl.constexpr,
-    BY_CHANNEL: tl.constexpr,
-    FETCH_R: tl.constexpr,
-    FETCH_N: tl.constexpr,
-    SHARED: tl.constexpr,
+    META: tl.constexpr,  # a `Walk`
 ):
     """Add both directions of one order: 0 along rows, which begins the sum, 1 along columns.
 
@@ -308,55 +281,45 @@ def _output_kernel(
     first = i_chunk * chunk_size
     count = gl.minimum(chunk_size, length - first)
 
-    o_c = i_block * CHANNELS + arange(CHANNELS, BY_CHANNEL)
-    o_n = arange(PADDED_DSTATE, BY_STATE)
-    o_r = arange(PADDED_RANK, BY_STATE)
-    m_c = o_c < DIM
+    o_c, o_n, o_r = channels_states_ranks(i_block, META)
+    m_c = o_c < META.DIM
     o_image = i_b * length
     batch = gl.num_programs(2)
-    p_states = states + o_n[:, None] * DIM + o_c[None, :]
-    m_nc = (o_n < DSTATE)[:, None] & m_c[None, :]
-    b_D = zeros_like(o_c).to(ACC)
+    p_states = states + o_n[:, None] * META.DIM + o_c[None, :]
+    m_nc = (o_n < META.DSTATE)[:, None] & m_c[None, :]
+    b_D = zeros_like(o_c).to(META.ACC)
     if ORDER == 0:
         for i in gl.static_range(4):
-            b_D += gl.load(Ds + i * DIM + o_c, mask=m_c, other=0.0).to(ACC)
-
-    rs = SharedMemory(ACC, [PADDED_RANK, STEPS], SHARED)
-    Bs = SharedMemory(ACC, [PADDED_DSTATE, STEPS], SHARED)
-    Cs = SharedMemory(ACC, [PADDED_DSTATE, STEPS], SHARED)
+            b_D += gl.load(Ds + i * META.DIM + o_c, mask=m_c, other=0.0).to(META.ACC)
+    buffers = row_buffers(META)
 
     # Forwards.
-    b_W, b_bias, b_A = load_direction(
-        dt_projs_weight, dt_projs_bias, A_logs, ORDER, o_c, o_n, o_r, DIM, DSTATE, RANK, ACC
-    )
-    o_states = ((ORDER * batch + i_b) * num_chunks + i_chunk) * (DSTATE * DIM)
+    direction = load_direction(dt_projs_weight, dt_projs_bias, A_logs, ORDER, o_c, o_n, o_r, META)
+    o_states = ((ORDER * batch + i_b) * num_chunks + i_chunk) * (META.DSTATE * META.DIM)
     b_h = gl.load(p_states + o_states, mask=m_nc, other=0.0)  # [N, CH]
     _walk_chunk(
-        x, x_dbl, y_sum, y_sum, b_h, b_W, b_bias, b_A, b_D, o_image, first, count, ORDER,
-        height, width, o_c, rs, Bs, Cs, DIM, DSTATE, RANK, PADDED_DSTATE, PADDED_RANK, STEPS,
-        ORDER == 0, ACC, LAYOUT, FETCH_R, FETCH_N,
+        x, x_dbl, y_sum, y_sum, b_h, direction, b_D, o_image, first, count, ORDER, height, width,
+        o_c, buffers, ORDER == 0, META,
     )  # fmt: skip
 
     # And back.
-    b_W, b_bias, b_A = load_direction(
-        dt_projs_weight, dt_projs_bias, A_logs, ORDER + 2, o_c, o_n, o_r, DIM, DSTATE, RANK, ACC
+    direction = load_direction(
+        dt_projs_weight, dt_projs_bias, A_logs, ORDER + 2, o_c, o_n, o_r, META
     )
     i_slot = ((ORDER + 2) * batch + i_b + 1) * num_chunks - 1 - i_chunk
-    o_states = i_slot * (DSTATE * DIM)
+    o_states = i_slot * (META.DSTATE * META.DIM)
     b_h = gl.load(p_states + o_states, mask=m_nc, other=0.0)
     if ORDER == 0:
         p_out = y_sum
     else:
         p_out = y
     _walk_chunk(
-        x, x_dbl, y_sum, p_out, b_h, b_W, b_bias, b_A, b_D, o_image, length - first - count, count,
-        ORDER + 2, height, width, o_c, rs, Bs, Cs, DIM, DSTATE, RANK, PADDED_DSTATE, PADDED_RANK,
-        STEPS, False, ACC, LAYOUT, FETCH_R, FETCH_N,
+        x, x_dbl, y_sum, p_out, b_h, direction, b_D, o_image, length - first - count, count,
+        ORDER + 2, height, width, o_c, buffers, False, META,
     )  # fmt: skip
 
 
 def _fetch_layout(size: int, num_warps: int):
-    """Blocks of [size, steps], with the lanes of a warp on 4 steps or more."""
     lanes = min(8, size)
     return gl.BlockedLayout([size // lanes, 1], [lanes, 32 // lanes], [1, num_warps], [0, 1])
 
@@ -366,73 +329,46 @@ def _warps(dim: int, most: int) -> int:
 
 
 @functools.lru_cache
-def _walk_options(dim, dstate, rank, dtype, most_warps, most_channels) -> dict:
-    """The constants of kernels in which a thread owns all states of its channels."""
-    per_thread = most_channels if dim % (32 * most_channels) == 0 else 1
-    if dtype == torch.float64:
-        per_thread = 1
+def _walk_options(dim, dstate, rank, acc, most_warps, most_channels, steps) -> tuple[Walk, int]:
+    """The constants of a walking kernel and the number of its warps."""
+    per_thread = most_channels if dim % (32 * most_channels) == 0 and acc == tl.float32 else 1
     num_warps = _warps(dim // per_thread, most_warps)
     padded_dstate, padded_rank = triton.next_power_of_2(dstate), triton.next_power_of_2(rank)
-    layout = by_state = by_channel = fetch_r = fetch_n = shared = None
+    layouts = [None] * 6
     if not INTERPRETED.value:
-        fetch_r = _fetch_layout(padded_rank, num_warps)
-        fetch_n = _fetch_layout(padded_dstate, num_warps)
-        shared = gl.SwizzledSharedLayout(1, 1, 1, order=[0, 1])
         layout = gl.BlockedLayout([1, per_thread], [1, 32], [1, num_warps], [1, 0])
-        by_state, by_channel = gl.SliceLayout(1, layout), gl.SliceLayout(0, layout)
-    return {
-        "DIM": dim,
-        "DSTATE": dstate,
-        "RANK": rank,
-        "CHANNELS": 32 * per_thread * num_warps,
-        "PADDED_DSTATE": padded_dstate,
-        "PADDED_RANK": padded_rank,
-        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-        "BY_STATE": by_state,
-        "LAYOUT": layout,
-        "BY_CHANNEL": by_channel,
-        "FETCH_R": fetch_r,
-        "FETCH_N": fetch_n,
-        "SHARED": shared,
-        "num_warps": num_warps,
-    }
+        layouts = (
+            layout,
+            gl.SliceLayout(1, layout),
+            gl.SliceLayout(0, layout),
+            _fetch_layout(padded_rank, num_warps),
+            _fetch_layout(padded_dstate, num_warps),
+            gl.SwizzledSharedLayout(1, 1, 1, order=[0, 1]),
+        )
+    sizes = dim, dstate, rank, 32 * per_thread * num_warps, padded_dstate, padded_rank, steps, acc
+    return Walk(*sizes, *map(tl.constexpr, layouts)), num_warps
 
 
 @functools.lru_cache
-def _sweep_options(dim, dstate, rank, dtype, substeps, steps, fetch) -> dict:
-    """The constants of the kernel in which a thread owns a patch of states and channels."""
+def _sweep_options(dim, dstate, rank, acc, substeps, steps, fetch) -> Sweep:
     S = triton.cdiv(triton.next_power_of_2(dstate), 4)
     rest = max(1, S // 4)
-    layout = by_state = by_channel = lanes = by_sum = by_rest = rows = states = None
+    layouts = [None] * 8
     if not INTERPRETED.value:
         layout = gl.BlockedLayout([1, S, 1, 4], [4, 1, 8, 1], [1, 1, 1, 1], [3, 1, 0, 2])
-        by_state = gl.SliceLayout(2, gl.SliceLayout(3, layout))
-        by_channel = gl.SliceLayout(0, gl.SliceLayout(1, layout))
         by_sum = gl.BlockedLayout([1, 1, rest], [8, 4, 1], [1, 1, 1], [2, 1, 0])
-        lanes = gl.SliceLayout(2, by_sum)
-        by_rest = gl.SliceLayout(0, gl.SliceLayout(1, by_sum))
-        rows = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
-        states = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 0, 2, 1])
-    return {
-        "DIM": dim,
-        "DSTATE": dstate,
-        "RANK": rank,
-        "S": S,
-        "REST": rest,
-        "SUBSTEPS": substeps,
-        "STEPS": steps,
-        "FETCH": fetch,
-        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
-        "LAYOUT": layout,
-        "BY_STATE": by_state,
-        "BY_CHANNEL": by_channel,
-        "LANES": lanes,
-        "BY_SUM": by_sum,
-        "BY_REST": by_rest,
-        "SHARED_ROWS": rows,
-        "SHARED_STATES": states,
-        "num_warps": 1,
-    }
+        layouts = (
+            layout,
+            gl.SliceLayout(2, gl.SliceLayout(3, layout)),
+            gl.SliceLayout(0, gl.SliceLayout(1, layout)),
+            gl.SliceLayout(2, by_sum),
+            by_sum,
+            gl.SliceLayout(0, gl.SliceLayout(1, by_sum)),
+            gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]),
+            gl.SwizzledSharedLayout(1, 1, 1, order=[3, 0, 2, 1]),
+        )
+    sizes = dim, dstate, rank, S, rest, substeps, steps, fetch, acc
+    return Sweep(*sizes, *map(tl.constexpr, layouts))
 
 
 def _chunks(length: int, programs: int, wanted: int, unit: int) -> tuple[int, int]:
@@ -442,7 +378,7 @@ def _chunks(length: int, programs: int, wanted: int, unit: int) -> tuple[int, in
     return chunk_size, triton.cdiv(length, chunk_size)
 
 
-def _carry(A_logs, states, delta_sums, k, options):
+def _carry(A_logs, states, delta_sums, k, acc):
     directions, batch, num_chunks, dim = delta_sums.shape
     with_adjoints = states.dim() == 6
     layout = None
@@ -450,55 +386,32 @@ def _carry(A_logs, states, delta_sums, k, options):
         layout = gl.BlockedLayout([1], [32], [1], [0])
     grid = (triton.cdiv(dim, 32), A_logs.shape[1], directions * batch * (1 + with_adjoints))
     _carry_kernel[grid](
-        A_logs,
-        states,
-        delta_sums,
-        num_chunks,
-        k,
-        DIM=dim,
-        DSTATE=A_logs.shape[1],
-        CHANNELS=32,
-        AHEAD=CARRY_AHEAD,
-        DIRECTIONS=directions,
-        WITH_ADJOINTS=with_adjoints,
-        ACC=options["ACC"],
-        BY_CHANNEL=layout,
-        num_warps=1,
-    )
+        A_logs, states, delta_sums, num_chunks, k, DIM=dim, DSTATE=A_logs.shape[1], CHANNELS=32,
+        AHEAD=CARRY_AHEAD, DIRECTIONS=directions, WITH_ADJOINTS=with_adjoints, ACC=acc,
+        BY_CHANNEL=layout, num_warps=1,
+    )  # fmt: skip
 
 
-def scan_2d_forward(
-    x: Tensor,
-    x_dbl: Tensor,
-    dt_projs_weight: Tensor,
-    dt_projs_bias: Tensor,
-    A_logs: Tensor,
-    Ds: Tensor,
-) -> Tensor:
+def scan_2d_forward(inputs: ScanInputs) -> Tensor:
     """Scan x along four orders of its pixels and sum the results in image order.
 
     Besides the result it allocates the chunk states, a few percent of x, and for a dtype of 16
     bits a float32 buffer of the shape of x in which the directions are summed.
 
     Args:
-        x: (batch, height, width, dim), contiguous like all others; float32, float64, bfloat16 or
-            float16.
-        x_dbl: (batch, height, width, 4, rank + 2 * dstate), in the dtype of x: the low-rank part
-            of delta, B and C of each direction.
-        dt_projs_weight: (4, dim, rank), float32, or float64 if x is; so are all that follow.
-        dt_projs_bias: (4, dim).
-        A_logs: (4 * dim, dstate), with A = -exp(A_logs).
-        Ds: (4 * dim).
+        inputs: contiguous.
 
     Returns:
         y: (batch, height, width, dim), in the dtype of x. States and sums are float32, or float64.
     """
+    x, A_logs = inputs.x, inputs.A_logs
     batch, height, width, dim = x.shape
-    dstate = A_logs.shape[1]
-    rank = dt_projs_weight.shape[2]
-    options = _walk_options(dim, dstate, rank, x.dtype, FORWARD_WARPS, FORWARD_CHANNELS)
-    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
-    blocks = triton.cdiv(dim, options["CHANNELS"])
+    dstate, accumulator = inputs.dstate, inputs.dtype
+    acc = tl.float64 if accumulator == torch.float64 else tl.float32
+    meta, num_warps = _walk_options(
+        dim, dstate, inputs.dt_rank, acc, FORWARD_WARPS, FORWARD_CHANNELS, FORWARD_GROUP
+    )
+    blocks = triton.cdiv(dim, meta.CHANNELS)
     chunk_size, num_chunks = _chunks(
         height * width, blocks * batch, FORWARD_PROGRAMS, SHORTEST_CHUNK
     )
@@ -506,32 +419,23 @@ def scan_2d_forward(
     delta_sums = x.new_empty(4, batch, num_chunks, dim, dtype=accumulator)
     y = torch.empty_like(x)
     y_sum = y if x.dtype == accumulator else torch.empty_like(x, dtype=accumulator)
-    inputs = x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs
     sizes = height, width, chunk_size, num_chunks
     with torch.cuda.device_of(x):
         if num_chunks > 1:
             grid = (blocks * 4, num_chunks - 1, batch)
             _chunk_state_kernel[grid](
-                *inputs, states, delta_sums, *sizes, STEPS=FORWARD_GROUP, **options
+                *inputs[:5], states, delta_sums, *sizes, META=meta, num_warps=num_warps
             )
-        _carry(A_logs, states, delta_sums, 0, options)
+        _carry(A_logs, states, delta_sums, 0, acc)
         for order in range(2):
             _output_kernel[(blocks, num_chunks, batch)](
-                *inputs, Ds, states, y_sum, y, *sizes, ORDER=order, STEPS=FORWARD_GROUP, **options
+                *inputs, states, y_sum, y, *sizes, ORDER=order, META=meta, num_warps=num_warps
             )
     return y
 
 
-def scan_2d_backward(
-    dy: Tensor,
-    x: Tensor,
-    x_dbl: Tensor,
-    dt_projs_weight: Tensor,
-    dt_projs_bias: Tensor,
-    A_logs: Tensor,
-    Ds: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `scan_2d_forward` by its six inputs, given dy, the gradient by y.
+def scan_2d_backward(dy: Tensor, inputs: ScanInputs) -> ScanInputs:
+    """The gradients of `scan_2d_forward` by its inputs, given dy, the gradient by y.
 
     Directions are taken one after the other, but together on small maps. Besides the results it
     allocates, in float32 and at a state size of 16, about 2.7 times x: delta, two thirds of x for
@@ -539,21 +443,20 @@ def scan_2d_backward(
 
     Args:
         dy: (batch, height, width, dim), contiguous, in the dtype of x.
-        x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds: as in `scan_2d_forward`.
-
-    Returns:
-        The gradients by x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs and Ds, each in the
-        shape and dtype of its input.
+        inputs: as in `scan_2d_forward`.
     """
+    x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds = inputs
     batch, height, width, dim = x.shape
     length = height * width
-    dstate, rank = A_logs.shape[1], dt_projs_weight.shape[2]
-    walk = _walk_options(dim, dstate, rank, x.dtype, ADJOINT_WARPS, ADJOINT_CHANNELS)
-    sweep = _sweep_options(dim, dstate, rank, x.dtype, SUBCHUNK, TILE, SWEEP_FETCH)
-    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dstate, rank, accumulator = inputs.dstate, inputs.dt_rank, inputs.dtype
+    acc = tl.float64 if accumulator == torch.float64 else tl.float32
+    walk, num_warps = _walk_options(
+        dim, dstate, rank, acc, ADJOINT_WARPS, ADJOINT_CHANNELS, ADJOINT_GROUP
+    )
+    sweep = _sweep_options(dim, dstate, rank, acc, SUBCHUNK, TILE, SWEEP_FETCH)
     # On a small map launches take longer than the work: one for all directions.
     directions = 4 if x.numel() <= SMALL_MAP else 1
-    blocks = triton.cdiv(dim, walk["CHANNELS"])
+    blocks = triton.cdiv(dim, walk.CHANNELS)
     chunk_size, num_chunks = _chunks(length, blocks * batch, BACKWARD_PROGRAMS, SUBCHUNK)
     num_subchunks = chunk_size // SUBCHUNK
     sweep_blocks = triton.cdiv(dim, 32)
@@ -589,42 +492,26 @@ def scan_2d_backward(
     dA_logs = torch.empty_like(A_logs)
 
     sizes = height, width, chunk_size, num_chunks, num_subchunks
-    inputs = x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs
     with torch.cuda.device_of(x):
         for k in range(0, 4, directions):
             adjoint_state_kernel[(blocks, num_chunks, directions * batch)](
-                dy, *inputs, delta, *states, delta_sums, inner_states, inner_sums, dD_parts,
-                *sizes, k, DIRECTIONS=directions, SUBSTEPS=SUBCHUNK, STEPS=ADJOINT_GROUP,
-                WITH_DD=k == 0, **walk,
+                dy, *inputs[:5], delta, *states, delta_sums, inner_states, inner_sums, dD_parts,
+                *sizes, k, DIRECTIONS=directions, SUBSTEPS=SUBCHUNK, WITH_DD=k == 0, META=walk,
+                num_warps=num_warps,
             )  # fmt: skip
-            _carry(A_logs, states, delta_sums, k, walk)
+            _carry(A_logs, states, delta_sums, k, acc)
             sweep_kernel[(sweep_blocks, num_chunks, directions * batch)](
                 dy, x, x_dbl, A_logs, Ds, delta, *states, inner_states, inner_sums, dx_sum, dx,
                 dBC_parts, dA_parts, *sizes, k, DIRECTIONS=directions,
-                BEGINS=k == 0, ENDS=directions == 1 and k == 3, **sweep,
+                BEGINS=k == 0, ENDS=directions == 1 and k == 3, META=sweep, num_warps=1,
             )  # fmt: skip
             projection_kernel[(num_tiles, directions)](
-                delta,
-                x_dbl,
-                dt_projs_weight,
-                dt_projs_bias,
-                dBC_parts,
-                dx_dbl,
-                dW_parts,
-                dbias_parts,
-                batch * length,
-                k,
-                DIM=dim,
-                DSTATE=dstate,
-                RANK=rank,
-                CHANNELS=channels,
-                PADDED_DSTATE=walk["PADDED_DSTATE"],
-                PADDED_RANK=max(16, walk["PADDED_RANK"]),
-                PIXELS=pixels,
-                NUM_PARTS=sweep_blocks,
-                ACC=walk["ACC"],
-                num_warps=4,
-            )
+                delta, x_dbl, dt_projs_weight, dt_projs_bias, dBC_parts, dx_dbl, dW_parts,
+                dbias_parts, batch * length, k, DIM=dim, DSTATE=dstate, RANK=rank,
+                CHANNELS=channels, PADDED_DSTATE=walk.PADDED_DSTATE,
+                PADDED_RANK=max(16, walk.PADDED_RANK), PIXELS=pixels, NUM_PARTS=sweep_blocks,
+                ACC=acc, num_warps=4,
+            )  # fmt: skip
             done = slice(k, k + directions)
             torch.sum(dW_parts, 1, out=dW[done])
             torch.sum(dbias_parts, 1, out=dbias[done])
@@ -633,4 +520,4 @@ def scan_2d_backward(
         if directions > 1:
             torch.sum(dx_sum, 0, out=dx, dtype=x.dtype)
     dDs = dD_parts.sum(0).repeat(4)
-    return dx, dx_dbl, dW, dbias, dA_logs, dDs
+    return ScanInputs(dx, dx_dbl, dW, dbias, dA_logs, dDs)

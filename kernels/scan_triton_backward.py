@@ -8,6 +8,8 @@ gradient of delta back to the low-rank input.
 # Triton compiles no starred tuples.
 # ruff: noqa: RUF005
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -18,9 +20,11 @@ from kernels.scan_triton_parts import (
     SIZES,
     SharedMemory,
     arange,
+    both,
+    channels_states_ranks,
     exp2,
     fetch_channels,
-    fetch_rows,
+    fetch_group,
     first_pixel,
     gl,
     jit,
@@ -28,6 +32,8 @@ from kernels.scan_triton_parts import (
     next_group,
     next_pixel,
     project_delta,
+    row_buffers,
+    store_group,
     zeros_like,
 )
 
@@ -53,30 +59,18 @@ def adjoint_state_kernel(
     num_chunks,
     num_subchunks,
     k,
-    DIM: tl.constexpr,
-    DSTATE: tl.constexpr,
-    RANK: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    PADDED_DSTATE: tl.constexpr,
-    PADDED_RANK: tl.constexpr,
     SUBSTEPS: tl.constexpr,
-    STEPS: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     WITH_DD: tl.constexpr,
-    ACC: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BY_STATE: tl.constexpr,
-    BY_CHANNEL: tl.constexpr,
-    FETCH_R: tl.constexpr,
-    FETCH_N: tl.constexpr,
-    SHARED: tl.constexpr,
+    META: tl.constexpr,  # a `Walk`
 ):
     """Both chunk passes of a direction, k or one after it, in one walk, and delta.
 
     With P_t the product of a up to step t of the chunk, the adjoint that leaves the chunk at its
     front is sum_t P_t C_t dy_t: it needs no walk of its own from behind.
     """
-    ROW: tl.constexpr = RANK + 2 * DSTATE
+    STEPS: tl.constexpr = META.STEPS
+    ROW: tl.constexpr = META.RANK + 2 * META.DSTATE
     i_block = gl.program_id(0)
     i_chunk = gl.program_id(1)
     batch = gl.num_programs(2) // DIRECTIONS
@@ -87,66 +81,55 @@ def adjoint_state_kernel(
     start = i_chunk * chunk_size
     count = gl.minimum(chunk_size, length - start)
 
-    o_c = i_block * CHANNELS + arange(CHANNELS, BY_CHANNEL)
-    o_n = arange(PADDED_DSTATE, BY_STATE)
-    o_r = arange(PADDED_RANK, BY_STATE)
-    m_c = o_c < DIM
-    m_nc = (o_n < DSTATE)[:, None] & m_c[None, :]
-    o_nc = o_n[:, None] * DIM + o_c[None, :]
+    o_c, o_n, o_r = channels_states_ranks(i_block, META)
+    m_c = o_c < META.DIM
+    m_nc = (o_n < META.DSTATE)[:, None] & m_c[None, :]
+    o_nc = o_n[:, None] * META.DIM + o_c[None, :]
     b_W, b_bias, b_A = load_direction(
-        dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r, DIM, DSTATE, RANK, ACC
+        dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r, META
     )
-    o_image = i_b * length * DIM
+    o_image = i_b * length * META.DIM
     p_x = x + o_image + o_c
     p_dy = dy + o_image + o_c
-    p_delta = delta + i_row * length * DIM + o_c
+    p_delta = delta + i_row * length * META.DIM + o_c
     p_r = x_dbl + i_b * length * (4 * ROW) + k * ROW
-    p_B = p_r + RANK
-    p_C = p_B + DSTATE
     i_slot = i_row * num_chunks + i_chunk
-    rs = SharedMemory(ACC, [PADDED_RANK, STEPS], SHARED)
-    Bs = SharedMemory(ACC, [PADDED_DSTATE, STEPS], SHARED)
-    Cs = SharedMemory(ACC, [PADDED_DSTATE, STEPS], SHARED)
+    buffers = row_buffers(META)
+    rs, Bs, Cs = buffers
 
     b_h = zeros_like(b_A)  # [N, CH]
     b_P = b_h + 1.0
     b_G = b_h
     b_sum = zeros_like(b_bias)  # [CH]
     b_dD = b_sum
-    pixel, left, line, step, jump = first_pixel(start, k, height, width)
-    o_pixels, pixel, left = next_group(pixel, left, line, step, jump, count, STEPS)
-    b_rs = fetch_rows(p_r, o_pixels, RANK, PADDED_RANK, ROW, STEPS, ACC, FETCH_R)
-    b_Bs = fetch_rows(p_B, o_pixels, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
-    b_Cs = fetch_rows(p_C, o_pixels, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
-    b_xs = fetch_channels(p_x, o_pixels, m_c, DIM, STEPS, ACC)
-    b_dys = fetch_channels(p_dy, o_pixels, m_c, DIM, STEPS, ACC)
+    walk = first_pixel(start, k, height, width)
+    o_pixels, walk = next_group(walk, count, STEPS)
+    b_rows = fetch_group(p_r, o_pixels, META)
+    b_xs = fetch_channels(p_x, o_pixels, m_c, META)
+    b_dys = fetch_channels(p_dy, o_pixels, m_c, META)
     for i in range(0, count, STEPS):
         if i % SUBSTEPS == 0:
             i_inner = i_slot * num_subchunks + i // SUBSTEPS
-            gl.store(inner_states + i_inner * (DSTATE * DIM) + o_nc, b_h, mask=m_nc)
-            gl.store(inner_sums + i_inner * DIM + o_c, b_sum, mask=m_c)
-        rs.store(b_rs)
-        Bs.store(b_Bs)
-        Cs.store(b_Cs)
-        o_nexts, pixel, left = next_group(pixel, left, line, step, jump, count - i - STEPS, STEPS)
-        b_rs = fetch_rows(p_r, o_nexts, RANK, PADDED_RANK, ROW, STEPS, ACC, FETCH_R)
-        b_Bs = fetch_rows(p_B, o_nexts, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
-        b_Cs = fetch_rows(p_C, o_nexts, DSTATE, PADDED_DSTATE, ROW, STEPS, ACC, FETCH_N)
-        b_next_xs = fetch_channels(p_x, o_nexts, m_c, DIM, STEPS, ACC)
-        b_next_dys = fetch_channels(p_dy, o_nexts, m_c, DIM, STEPS, ACC)
+            gl.store(inner_states + i_inner * (META.DSTATE * META.DIM) + o_nc, b_h, mask=m_nc)
+            gl.store(inner_sums + i_inner * META.DIM + o_c, b_sum, mask=m_c)
+        store_group(buffers, b_rows)
+        o_nexts, walk = next_group(walk, count - i - STEPS, STEPS)
+        b_rows = fetch_group(p_r, o_nexts, META)
+        b_next_xs = fetch_channels(p_x, o_nexts, m_c, META)
+        b_next_dys = fetch_channels(p_dy, o_nexts, m_c, META)
         for t in gl.static_range(STEPS):
             # Positions past the end add nothing to the sums.
             is_inside = i + t < count
-            b_delta = project_delta(rs.slice(t, 1, 1).load(LAYOUT), b_W, b_bias)
+            b_delta = project_delta(rs.slice(t, 1, 1).load(META.LAYOUT), b_W, b_bias)
             b_delta = gl.where(is_inside, b_delta, 0.0)
             b_dy = gl.where(is_inside, b_dys[t], 0.0)
-            b_B = Bs.slice(t, 1, 1).load(LAYOUT)
-            b_C = Cs.slice(t, 1, 1).load(LAYOUT)
+            b_B = Bs.slice(t, 1, 1).load(META.LAYOUT)
+            b_C = Cs.slice(t, 1, 1).load(META.LAYOUT)
             b_a = exp2(b_A * b_delta[None, :])
             b_h = b_a * b_h + b_B * (b_delta * b_xs[t])[None, :]
             b_P = b_P * b_a
             b_G = b_P * (b_C * b_dy[None, :]) + b_G
-            gl.store(p_delta + o_pixels[t] * DIM, b_delta, mask=m_c & is_inside)
+            gl.store(p_delta + o_pixels[t] * META.DIM, b_delta, mask=both(m_c, is_inside))
             b_sum += b_delta
             if WITH_DD:
                 b_dD += b_xs[t] * b_dy
@@ -154,14 +137,14 @@ def adjoint_state_kernel(
         b_xs = b_next_xs
         b_dys = b_next_dys
 
-    gl.store(delta_sums + i_slot * DIM + o_c, b_sum, mask=m_c)
-    p_states = states + (i_slot + 1) * (DSTATE * DIM) + o_nc
-    gl.store(p_states, b_h, mask=m_nc & (i_chunk + 1 < num_chunks))
-    p_adjoints = adjoints + (i_slot - 1) * (DSTATE * DIM) + o_nc
-    gl.store(p_adjoints, b_G, mask=m_nc & (i_chunk > 0))
+    gl.store(delta_sums + i_slot * META.DIM + o_c, b_sum, mask=m_c)
+    p_states = states + (i_slot + 1) * (META.DSTATE * META.DIM) + o_nc
+    gl.store(p_states, b_h, mask=both(m_nc, i_chunk + 1 < num_chunks))
+    p_adjoints = adjoints + (i_slot - 1) * (META.DSTATE * META.DIM) + o_nc
+    gl.store(p_adjoints, b_G, mask=both(m_nc, i_chunk > 0))
     if WITH_DD:
         # D skips the scan: its gradient comes with direction 0, the same for all.
-        gl.store(dD_parts + i_slot * DIM + o_c, b_dD, mask=m_c & (k == 0))
+        gl.store(dD_parts + i_slot * META.DIM + o_c, b_dD, mask=both(m_c, k == 0))
 
 
 @jit
@@ -178,7 +161,10 @@ def _grid(ROWS: tl.constexpr, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr):
 
 @jit
 def _from_lane(b_x, o_axis, BIT: tl.constexpr, LANES: tl.constexpr, AXIS: tl.constexpr):
-    """What the lane holds whose index along AXIS, o_axis here, differs in BIT; LANES lanes away."""
+    """What the lane holds whose index along AXIS, o_axis here, differs in the bit BIT.
+
+    The number of that lane differs in the bit LANES.
+    """
     if INTERPRETED:
         return gl.gather(b_x, o_axis ^ BIT, AXIS)
     elif b_x.dtype == gl.float64:
@@ -196,10 +182,10 @@ def _from_lane(b_x, o_axis, BIT: tl.constexpr, LANES: tl.constexpr, AXIS: tl.con
 
 @jit
 def _fold(b_low, b_high, o_axis, BIT: tl.constexpr, LANES: tl.constexpr, AXIS: tl.constexpr):
-    """Add the lanes that differ in BIT: those without it get the sum of b_low, others b_high's.
+    """Add pairs of lanes that differ in BIT: one gets the sum of b_low, the other that of b_high.
 
-    Half as many values for twice as many lanes: a sum over lanes of many values at once that
-    costs less than one exchange per value.
+    The lane without the bit gets the first. A pair exchanges one value to add two, so sums of many
+    values over lanes cost less than one exchange for each value.
     """
     m_bit = (o_axis & BIT) != 0
     b_sent = gl.where(m_bit, b_low, b_high)
@@ -227,7 +213,7 @@ def _fold_halves(b_x, o_axis, BIT: tl.constexpr, LANES: tl.constexpr, AXIS: tl.c
 
 @jit
 def _sum_over_channels(b_dB, b_dC, o_outer, LAYOUT: tl.constexpr):
-    """Sum (4, S, 8) over its last axis: (8, 4, S // 4 or 1), see the kernel for what lies where."""
+    """Sum (4, S, 8) over its last axis: (8, 4, REST), as the table of `sweep_kernel` has it."""
     b_sum = _fold(b_dB, b_dC, o_outer, 4, 16, 2)
     b_sum, o_outer = _fold_halves(
         gl.permute(b_sum, [0, 2, 1]), gl.permute(o_outer, [0, 2, 1]), 2, 8, 1
@@ -253,43 +239,72 @@ def _sum_over_states(b_x, o_outer, LANES: tl.constexpr):
 
 
 @jit
-def _descend(pixel, left, line, step, jump, position, end):
+def _descend(walk, position, end):
     """From `position` to the one before it; those from `end` on count as the last before `end`."""
-    before, left_before = next_pixel(pixel, left, line, step, jump)
+    pixel, left, line, step, jump = walk
+    before = next_pixel(walk)
     is_inside = position < end
-    return gl.where(is_inside, before, pixel), gl.where(is_inside, left_before, left)
+    pixel = gl.where(is_inside, before[0], pixel)
+    return pixel, gl.where(is_inside, before[1], left), line, step, jump
 
 
 @jit
 def _fetch_tile(
-    p_x, p_dy, p_delta, p_BC, m_c, m_BC, pixel, left, line, step, jump, position, start, end,
-    DIM: tl.constexpr, ROW: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+    pointers, masks, walk, position, start, end, STEPS: tl.constexpr, META: tl.constexpr
+):
     """The inputs of STEPS positions, from `position` backwards; zeros outside of the chunk."""
+    p_x, p_dy, p_delta, p_BC = pointers
+    m_c, m_BC = masks
+    ROW: tl.constexpr = META.RANK + 2 * META.DSTATE
     b_xs = ()
     b_dys = ()
     b_deltas = ()
     b_BCs = ()
     for u in gl.static_range(STEPS):
         is_inside = (position - u >= start) & (position - u < end)
-        o_pixel = gl.where(is_inside, pixel, 0).to(gl.int64)
-        m_t = m_c & is_inside
-        b_xs = b_xs + (gl.load(p_x + o_pixel * DIM, mask=m_t, other=0.0).to(ACC),)
-        b_dys = b_dys + (gl.load(p_dy + o_pixel * DIM, mask=m_t, other=0.0).to(ACC),)
-        b_deltas = b_deltas + (gl.load(p_delta + o_pixel * DIM, mask=m_t, other=0.0),)
-        b_BC = gl.load(p_BC + o_pixel * (4 * ROW), mask=m_BC & is_inside, other=0.0)
-        b_BCs = b_BCs + (b_BC.to(ACC),)
-        pixel, left = _descend(pixel, left, line, step, jump, position - u, end)
-    return b_xs, b_dys, b_deltas, b_BCs, pixel, left
+        o_pixel = gl.where(is_inside, walk[0], 0).to(gl.int64)
+        o_x = o_pixel * META.DIM
+        m_t = both(m_c, is_inside)
+        b_xs = b_xs + (gl.load(p_x + o_x, mask=m_t, other=0.0).to(META.ACC),)
+        b_dys = b_dys + (gl.load(p_dy + o_x, mask=m_t, other=0.0).to(META.ACC),)
+        b_deltas = b_deltas + (gl.load(p_delta + o_x, mask=m_t, other=0.0),)
+        b_BC = gl.load(p_BC + o_pixel * (4 * ROW), mask=both(m_BC, is_inside), other=0.0)
+        b_BCs = b_BCs + (b_BC.to(META.ACC),)
+        walk = _descend(walk, position - u, end)
+    return (b_xs, b_dys, b_deltas, b_BCs), walk
 
 
 @jit
-def _store_tile(xs, dys, deltas, BCs, b_xs, b_dys, b_deltas, b_BCs, last, STEPS: tl.constexpr):
+def _store_tile(buffers, b_tile, last, STEPS: tl.constexpr):
+    """Write a tile, its position `last` first, into the rows of x, dy, delta, and B and C."""
     for u in gl.static_range(STEPS):
-        xs.index(last - u).store(b_xs[u])
-        dys.index(last - u).store(b_dys[u])
-        deltas.index(last - u).store(b_deltas[u])
-        BCs.index(last - u).store(b_BCs[u])
+        for i in gl.static_range(4):
+            buffers[i].index(last - u).store(b_tile[i][u])
+
+
+class Sweep(NamedTuple):
+    """The constants of the kernel in which a thread owns a patch of states and channels.
+
+    Layouts are None in the interpreter. See the kernel for what lies where.
+    """
+
+    DIM: int
+    DSTATE: int
+    RANK: int
+    S: int  # states of a thread
+    REST: int  # sums over channels that a thread ends up with
+    SUBSTEPS: int  # positions from one state that is kept in memory to the next
+    STEPS: int  # of a tile: from one state that is kept in shared memory to the next
+    FETCH: int  # positions of which the inputs are fetched together
+    ACC: tl.dtype  # of states and sums
+    LAYOUT: object  # [4, S, 8, 4], indexed i, s, j, d
+    BY_STATE: object  # [4, S], as it lies in LAYOUT
+    BY_CHANNEL: object  # [8, 4], as it lies in LAYOUT
+    LANES: object  # [8, 4], one number to a lane
+    BY_SUM: object  # [8, 4, REST], the sums over channels
+    BY_REST: object  # [REST], as it lies in BY_SUM
+    SHARED_ROWS: object  # of the inputs in shared memory
+    SHARED_STATES: object  # of the states in shared memory
 
 
 @jit(do_not_specialize=SIZES)
@@ -317,23 +332,7 @@ def sweep_kernel(
     DIRECTIONS: tl.constexpr,
     BEGINS: tl.constexpr,
     ENDS: tl.constexpr,
-    DIM: tl.constexpr,
-    DSTATE: tl.constexpr,
-    RANK: tl.constexpr,
-    S: tl.constexpr,
-    REST: tl.constexpr,
-    SUBSTEPS: tl.constexpr,
-    STEPS: tl.constexpr,
-    FETCH: tl.constexpr,
-    ACC: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    BY_STATE: tl.constexpr,
-    BY_CHANNEL: tl.constexpr,
-    LANES: tl.constexpr,
-    BY_SUM: tl.constexpr,
-    BY_REST: tl.constexpr,
-    SHARED_ROWS: tl.constexpr,
-    SHARED_STATES: tl.constexpr,
+    META: tl.constexpr,  # a `Sweep`
 ):
     """Walk each chunk from behind with the adjoint g of the state.
 
@@ -345,10 +344,26 @@ def sweep_kernel(
     The inputs of a subchunk lie in shared memory. While it is swept, those of the one before it
     are fetched FETCH positions at a time, into the rows that the sweep has done with.
 
-    A program is one warp with 32 channels. State n = i S + s of channel c = 4 j + d lies in lane
-    4 j + i, so blocks of states are (4, S, 8, 4), indexed i, s, j, d.
+    A program is one warp with 32 channels. Lane 4 j + i, i from 0 to 3 and j from 0 to 7, holds
+
+        h, g, A      (4, S, 8, 4)  states i S + s, s from 0 to S - 1, of channels 4 j + d, d from 0
+                                   to 3; the axes are i, s, j and d
+        x, dy, delta (8, 4)        channel 4 j + i
+        dB, dC       (8, 4, REST)  dB if j < 4, else dC, of the states i S + s where s begins with
+                                   the other two bits of j: s = (j // 2 % 2) S / 2 + (j % 2) S / 4 +
+                                   (0 to REST - 1). Where S < 4, several lanes hold the same.
     """
-    ROW: tl.constexpr = RANK + 2 * DSTATE
+    DIM: tl.constexpr = META.DIM
+    DSTATE: tl.constexpr = META.DSTATE
+    S: tl.constexpr = META.S
+    STEPS: tl.constexpr = META.STEPS
+    SUBSTEPS: tl.constexpr = META.SUBSTEPS
+    FETCH: tl.constexpr = META.FETCH
+    ACC: tl.constexpr = META.ACC
+    BY_STATE: tl.constexpr = META.BY_STATE
+    BY_CHANNEL: tl.constexpr = META.BY_CHANNEL
+    LANES: tl.constexpr = META.LANES
+    ROW: tl.constexpr = META.RANK + 2 * DSTATE
     TILES: tl.constexpr = SUBSTEPS // STEPS
     i_block = gl.program_id(0)
     i_chunk = gl.program_id(1)
@@ -364,13 +379,13 @@ def sweep_kernel(
     o_c = i_block * 32 + _grid(8, 4, BY_CHANNEL)
     o_nc = o_n[:, :, None, None] * DIM + o_c[None, None, :, :]
     m_nc = (o_n < DSTATE)[:, :, None, None] & (o_c < DIM)[None, None, :, :]
-    # For sums over lanes: i of (4, 8, 4) and j of (4, S, 8).
+    # The sums over lanes ask every element for its i, in the shape (4, 8, 4), and j, in (4, S, 8).
     o_i = gl.max((o_n // S)[:, :, None, None] + (o_c * 0)[None, None, :, :], axis=1)
     o_j = gl.max((o_n * 0)[:, :, None, None] + (o_c % 32 // 4)[None, None, :, :], axis=3)
     p_A = A_logs + (k * DIM + o_c)[None, None, :, :] * DSTATE + o_n[:, :, None, None]
     b_A = -exp2(gl.load(p_A, mask=m_nc, other=0.0).to(ACC) * LOG2_E) * LOG2_E
 
-    # What is stored is one channel to a lane, or one number of B or C.
+    # Inputs and results are read and written with one channel, or one number of B or C, to a lane.
     o_lane = i_block * 32 + _grid(8, 4, LANES)
     m_c = o_lane < DIM
     o_image = i_b * length * DIM
@@ -382,16 +397,18 @@ def sweep_kernel(
     o_BC = _grid(8, S, LANES)
     m_BC = o_BC % (4 * S) < DSTATE
     o_BC = o_BC // (4 * S) * DSTATE + o_BC % (4 * S)
-    p_BC = x_dbl + i_b * length * (4 * ROW) + k * ROW + RANK + o_BC
+    p_BC = x_dbl + i_b * length * (4 * ROW) + k * ROW + META.RANK + o_BC
+    pointers = (p_x, p_dy, p_delta, p_BC)
+    masks = (m_c, m_BC)
     if BEGINS:
         b_D = zeros_like(o_lane).to(ACC)
         for i in gl.static_range(4):
-            b_D += gl.load(Ds + i * DIM + o_lane, mask=m_c & (k == 0), other=0.0).to(ACC)
+            b_D += gl.load(Ds + i * DIM + o_lane, mask=both(m_c, k == 0), other=0.0).to(ACC)
 
-    # The sums over channels leave B's or C's in a lane by bit 2 of j, and bits 1 and 0 lead s.
+    # Where a lane writes its sums over channels: the table's last row.
     o_ji = _grid(8, 4, LANES)
     o_s = o_ji // 8 % 2 * (S // 2) + o_ji // 4 % 2 * (S // 4)
-    o_s = o_s[:, :, None] + arange(REST, BY_REST)[None, None, :]  # (8, 4, REST)
+    o_s = o_s[:, :, None] + arange(META.REST, META.BY_REST)[None, None, :]  # (8, 4, REST)
     o_sum = (o_ji % 4 * S)[:, :, None] + o_s
     m_sum = o_sum < DSTATE
     o_sum += (o_ji // 16 * DSTATE)[:, :, None]
@@ -402,25 +419,23 @@ def sweep_kernel(
     b_g = gl.load(adjoints + i_slot * (DSTATE * DIM) + o_nc, mask=m_nc, other=0.0)
     b_dA = zeros_like(b_A)
 
-    xs = SharedMemory(ACC, [SUBSTEPS, 8, 4], SHARED_ROWS)
-    dys = SharedMemory(ACC, [SUBSTEPS, 8, 4], SHARED_ROWS)
-    deltas = SharedMemory(ACC, [SUBSTEPS, 8, 4], SHARED_ROWS)
-    BCs = SharedMemory(ACC, [SUBSTEPS, 8, S], SHARED_ROWS)
-    kept = SharedMemory(ACC, [TILES, 4, S, 8, 4], SHARED_STATES)
+    xs = SharedMemory(ACC, [SUBSTEPS, 8, 4], META.SHARED_ROWS)
+    dys = SharedMemory(ACC, [SUBSTEPS, 8, 4], META.SHARED_ROWS)
+    deltas = SharedMemory(ACC, [SUBSTEPS, 8, 4], META.SHARED_ROWS)
+    BCs = SharedMemory(ACC, [SUBSTEPS, 8, S], META.SHARED_ROWS)
+    buffers = (xs, dys, deltas, BCs)
+    kept = SharedMemory(ACC, [TILES, 4, S, 8, 4], META.SHARED_STATES)
 
     # Two walks from behind: one fetches a subchunk, the other follows a subchunk later.
     num_inner = (end - start + SUBSTEPS - 1) // SUBSTEPS
     position = start + num_inner * SUBSTEPS - 1
-    pixel, left, line, step, jump = first_pixel(length - end, (k + 2) % 4, height, width)
-    fetch_pixel = pixel
-    fetch_left = left
+    walk = first_pixel(length - end, (k + 2) % 4, height, width)
+    fetch_walk = walk
     for i in range(TILES):
-        b_xs, b_dys, b_deltas, b_BCs, fetch_pixel, fetch_left = _fetch_tile(
-            p_x, p_dy, p_delta, p_BC, m_c, m_BC, fetch_pixel, fetch_left, line, step, jump,
-            position - i * STEPS, start, end, DIM, ROW, STEPS, ACC,
-        )  # fmt: skip
-        last = SUBSTEPS - 1 - i * STEPS
-        _store_tile(xs, dys, deltas, BCs, b_xs, b_dys, b_deltas, b_BCs, last, STEPS)
+        b_tile, fetch_walk = _fetch_tile(
+            pointers, masks, fetch_walk, position - i * STEPS, start, end, STEPS, META
+        )
+        _store_tile(buffers, b_tile, SUBSTEPS - 1 - i * STEPS, STEPS)
 
     for i in range(num_inner):
         i_inner = i_slot * num_subchunks + num_inner - 1 - i
@@ -444,18 +459,18 @@ def sweep_kernel(
             b_dxs = ()
             for u in gl.static_range(STEPS):
                 is_inside = position - u < end
-                o_pixel = pixel.to(gl.int64)
+                o_pixel = walk[0].to(gl.int64)
                 o_pixels = o_pixels + (o_pixel,)
                 if BEGINS:
                     b_dy = dys.index(i_tile * STEPS + STEPS - 1 - u).load(LANES)
                     b_dxs = b_dxs + (b_D * b_dy,)
                 else:
-                    b_dx = gl.load(p_dx_sum + o_pixel * DIM, mask=m_c & is_inside, other=0.0)
+                    b_dx = gl.load(p_dx_sum + o_pixel * DIM, mask=both(m_c, is_inside), other=0.0)
                     b_dxs = b_dxs + (b_dx,)
-                pixel, left = _descend(pixel, left, line, step, jump, position - u, end)
+                walk = _descend(walk, position - u, end)
 
             b_as = ()
-            b_hs = (kept.index(i_tile).load(LAYOUT),)
+            b_hs = (kept.index(i_tile).load(META.LAYOUT),)
             for t in gl.static_range(STEPS):
                 # Past the end delta is 0: a is 1 and nothing is added.
                 b_delta = deltas.index(i_tile * STEPS + t).load(BY_CHANNEL)
@@ -469,11 +484,10 @@ def sweep_kernel(
             for t in gl.static_range(STEPS - 1, -1, -1):
                 row = i_tile * STEPS + t
                 if (t + 1) % FETCH == 0:
-                    b_xs, b_dys, b_deltas, b_BCs, fetch_pixel, fetch_left = _fetch_tile(
-                        p_x, p_dy, p_delta, p_BC, m_c, m_BC, fetch_pixel, fetch_left,
-                        line, step, jump, position - (STEPS - 1 - t) - SUBSTEPS, start, end,
-                        DIM, ROW, FETCH, ACC,
-                    )  # fmt: skip
+                    before = position - (STEPS - 1 - t) - SUBSTEPS
+                    b_tile, fetch_walk = _fetch_tile(
+                        pointers, masks, fetch_walk, before, start, end, FETCH, META
+                    )
                 b_delta = deltas.index(row).load(BY_CHANNEL)
                 b_u = b_delta * xs.index(row).load(BY_CHANNEL)
                 b_dy = dys.index(row).load(BY_CHANNEL)[None, None, :, :]
@@ -492,21 +506,18 @@ def sweep_kernel(
                 b_ghA = _sum_over_states(b_ghA, o_i, LANES)
                 b_ddelta = b_gB * xs.index(row).load(LANES) + b_ghA * LN_2
                 b_dx = b_dxs[STEPS - 1 - t] + b_gB * deltas.index(row).load(LANES)
-                b_dBC = _sum_over_channels(b_dB, b_dC, o_j, BY_SUM)  # (8, 4, REST)
+                b_dBC = _sum_over_channels(b_dB, b_dC, o_j, META.BY_SUM)  # (8, 4, REST)
                 is_inside = position - (STEPS - 1 - t) < end
                 o_pixel = o_pixels[STEPS - 1 - t]
+                m_t = both(m_c, is_inside)
                 if ENDS:
-                    gl.store(
-                        p_dx + o_pixel * DIM, b_dx.to(dx.dtype.element_ty), mask=m_c & is_inside
-                    )
+                    gl.store(p_dx + o_pixel * DIM, b_dx.to(dx.dtype.element_ty), mask=m_t)
                 else:
-                    gl.store(p_dx_sum + o_pixel * DIM, b_dx, mask=m_c & is_inside)
-                gl.store(p_delta + o_pixel * DIM, b_ddelta, mask=m_c & is_inside)
-                gl.store(p_dBC + o_pixel * (2 * DSTATE) + o_sum, b_dBC, mask=m_sum & is_inside)
+                    gl.store(p_dx_sum + o_pixel * DIM, b_dx, mask=m_t)
+                gl.store(p_delta + o_pixel * DIM, b_ddelta, mask=m_t)
+                gl.store(p_dBC + o_pixel * (2 * DSTATE) + o_sum, b_dBC, mask=both(m_sum, is_inside))
                 if t % FETCH == 0:
-                    _store_tile(
-                        xs, dys, deltas, BCs, b_xs, b_dys, b_deltas, b_BCs, row + FETCH - 1, FETCH
-                    )
+                    _store_tile(buffers, b_tile, row + FETCH - 1, FETCH)
             position -= STEPS
 
     gl.store(dA_parts + i_slot * (DSTATE * DIM) + o_nc, b_dA * b_A * LN_2, mask=m_nc)

@@ -13,6 +13,7 @@ because the hardware's exponential has base 2.
 # ruff: noqa: RUF005
 
 import copy
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -34,6 +35,7 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
+# Not compiled anew for each value.
 SIZES = ["height", "width", "chunk_size", "num_chunks", "num_subchunks", "k", "num_rows"]
 
 
@@ -80,6 +82,14 @@ def zeros_like(b_x):
 
 
 @jit
+def both(m_x, condition):
+    """The mask m_x where a condition that is one number holds, else nothing."""
+    # Triton 3.9's interpreter takes the condition for an int32 when it spreads it over a block,
+    # and then refuses the mask; a condition that was combined with a bool stays one.
+    return m_x & (True & condition)
+
+
+@jit
 def exp2(b_x):
     if INTERPRETED or b_x.dtype == gl.float64:
         return gl.exp2(b_x)
@@ -121,10 +131,10 @@ def softplus(b_z):
 
 @jit
 def first_pixel(position, k, height, width):
-    """Where direction k reads at `position` of its order, and what leads on from there.
+    """A walk: where direction k reads at `position` of its order, and what leads on from there.
 
-    Returns the pixel, the number of steps before the order jumps to its next line, the steps
-    from one jump to the next, and how far a step and a jump lead.
+    That is a tuple of the pixel, the number of steps before the order jumps to its next line, the
+    steps from one jump to the next, and how far a step and a jump lead.
     """
     length = height * width
     is_reversed = k >= 2
@@ -141,27 +151,87 @@ def first_pixel(position, k, height, width):
 
 
 @jit
-def next_pixel(pixel, left, line, step, jump):
+def next_pixel(walk):
+    pixel, left, line, step, jump = walk
     is_last = left == 0
-    return pixel + gl.where(is_last, jump, step), gl.where(is_last, line - 1, left - 1)
+    pixel += gl.where(is_last, jump, step)
+    return pixel, gl.where(is_last, line - 1, left - 1), line, step, jump
 
 
 @jit
-def next_group(pixel, left, line, step, jump, num_left, STEPS: tl.constexpr):
-    """The pixels of STEPS positions, 0 from the num_left-th on, and where the order goes on."""
+def next_group(walk, num_left, STEPS: tl.constexpr):
+    """The pixels of STEPS positions, 0 from the num_left-th on, and where the walk goes on."""
     o_pixels = ()
     for t in gl.static_range(STEPS):
-        o_pixels = o_pixels + (gl.where(t < num_left, pixel, 0).to(gl.int64),)
-        pixel, left = next_pixel(pixel, left, line, step, jump)
-    return o_pixels, pixel, left
+        o_pixels = o_pixels + (gl.where(t < num_left, walk[0], 0).to(gl.int64),)
+        walk = next_pixel(walk)
+    return o_pixels, walk
+
+
+class Walk(NamedTuple):
+    """The constants of kernels in which a thread owns all states of its channels.
+
+    Layouts are None in the interpreter. R stands for the ranks of delta's projection.
+    """
+
+    DIM: int
+    DSTATE: int
+    RANK: int
+    CHANNELS: int  # of a program
+    PADDED_DSTATE: int  # a power of 2, like all sizes of blocks
+    PADDED_RANK: int
+    STEPS: int  # positions of which the inputs are fetched together
+    ACC: tl.dtype  # of states and sums
+    LAYOUT: object  # [N, CH]
+    BY_STATE: object  # [N], as it lies in LAYOUT
+    BY_CHANNEL: object  # [CH], as it lies in LAYOUT
+    FETCH_R: object  # [R, STEPS], with the lanes of a warp on 4 steps or more
+    FETCH_N: object  # [N, STEPS]
+    SHARED: object  # of the same in shared memory
 
 
 @jit
-def fetch_rows(
-    p_rows, o_pixels, SIZE: tl.constexpr, PADDED: tl.constexpr, ROW: tl.constexpr,
-    STEPS: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
+def channels_states_ranks(i_block, META: tl.constexpr):
+    """The channels of a program, all states and all ranks, padded."""
+    o_c = i_block * META.CHANNELS + arange(META.CHANNELS, META.BY_CHANNEL)
+    return o_c, arange(META.PADDED_DSTATE, META.BY_STATE), arange(META.PADDED_RANK, META.BY_STATE)
+
+
+@jit
+def row_buffers(META: tl.constexpr):
+    """Shared memory for r, B and C of a group of positions."""
+    rs = SharedMemory(META.ACC, [META.PADDED_RANK, META.STEPS], META.SHARED)
+    Bs = SharedMemory(META.ACC, [META.PADDED_DSTATE, META.STEPS], META.SHARED)
+    Cs = SharedMemory(META.ACC, [META.PADDED_DSTATE, META.STEPS], META.SHARED)
+    return rs, Bs, Cs
+
+
+@jit
+def fetch_group(p_r, o_pixels, META: tl.constexpr):
+    """r, B and C at the pixels of a group: `p_r` points to r of pixel 0 in x_dbl."""
+    b_rs = _fetch_rows(p_r, o_pixels, META.RANK, META.PADDED_RANK, META.FETCH_R, META)
+    b_Bs = _fetch_rows(
+        p_r + META.RANK, o_pixels, META.DSTATE, META.PADDED_DSTATE, META.FETCH_N, META
+    )
+    o_C: tl.constexpr = META.RANK + META.DSTATE
+    b_Cs = _fetch_rows(p_r + o_C, o_pixels, META.DSTATE, META.PADDED_DSTATE, META.FETCH_N, META)
+    return b_rs, b_Bs, b_Cs
+
+
+@jit
+def store_group(buffers, b_rows):
+    for i in gl.static_range(3):
+        buffers[i].store(b_rows[i])
+
+
+@jit
+def _fetch_rows(
+    p_rows, o_pixels, SIZE: tl.constexpr, PADDED: tl.constexpr, LAYOUT: tl.constexpr,
+    META: tl.constexpr,
 ):  # fmt: skip
     """SIZE numbers that all channels share, at each pixel: [PADDED, STEPS], spread over lanes."""
+    STEPS: tl.constexpr = META.STEPS
+    ROW: tl.constexpr = META.RANK + 2 * META.DSTATE
     if INTERPRETED:
         o_t = gl.arange(0, STEPS)
         o_i = gl.arange(0, PADDED)
@@ -173,35 +243,32 @@ def fetch_rows(
         o_pixel = gl.where(o_t == t, o_pixels[t], o_pixel)
     p_row = p_rows + o_pixel[None, :] * (4 * ROW) + o_i[:, None]
     if SIZE == PADDED:
-        return gl.load(p_row).to(ACC)
+        return gl.load(p_row).to(META.ACC)
     else:
-        return gl.load(p_row, mask=(o_i < SIZE)[:, None] & (o_t >= 0)[None, :], other=0.0).to(ACC)
+        m_row = (o_i < SIZE)[:, None] & (o_t >= 0)[None, :]
+        return gl.load(p_row, mask=m_row, other=0.0).to(META.ACC)
 
 
 @jit
-def fetch_channels(
-    p_channels, o_pixels, m_c, DIM: tl.constexpr, STEPS: tl.constexpr, ACC: tl.constexpr
-):
+def fetch_channels(p_channels, o_pixels, m_c, META: tl.constexpr):
+    STEPS: tl.constexpr = META.STEPS
     b_xs = ()
     for t in gl.static_range(STEPS):
-        b_x = gl.load(p_channels + o_pixels[t] * DIM, mask=m_c, other=0.0)
-        b_xs = b_xs + (b_x.to(ACC),)
+        b_x = gl.load(p_channels + o_pixels[t] * META.DIM, mask=m_c, other=0.0)
+        b_xs = b_xs + (b_x.to(META.ACC),)
     return b_xs
 
 
 @jit
-def load_direction(
-    dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r,
-    DIM: tl.constexpr, DSTATE: tl.constexpr, RANK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
+def load_direction(dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r, META: tl.constexpr):
     """The parameters of direction k: W (R, CH), bias (CH), A log2(e) (N, CH)."""
-    m_c = o_c < DIM
-    o_kc = k * DIM + o_c
-    p_W = dt_projs_weight + o_kc[None, :] * RANK + o_r[:, None]
-    b_W = gl.load(p_W, mask=(o_r < RANK)[:, None] & m_c[None, :], other=0.0).to(ACC)
-    b_bias = gl.load(dt_projs_bias + o_kc, mask=m_c, other=0.0).to(ACC)
-    p_A = A_logs + o_kc[None, :] * DSTATE + o_n[:, None]
-    b_A = gl.load(p_A, mask=(o_n < DSTATE)[:, None] & m_c[None, :], other=0.0).to(ACC)
+    m_c = o_c < META.DIM
+    o_kc = k * META.DIM + o_c
+    p_W = dt_projs_weight + o_kc[None, :] * META.RANK + o_r[:, None]
+    b_W = gl.load(p_W, mask=(o_r < META.RANK)[:, None] & m_c[None, :], other=0.0).to(META.ACC)
+    b_bias = gl.load(dt_projs_bias + o_kc, mask=m_c, other=0.0).to(META.ACC)
+    p_A = A_logs + o_kc[None, :] * META.DSTATE + o_n[:, None]
+    b_A = gl.load(p_A, mask=(o_n < META.DSTATE)[:, None] & m_c[None, :], other=0.0).to(META.ACC)
     return b_W, b_bias, -exp2(b_A * LOG2_E) * LOG2_E
 
 

@@ -1,7 +1,15 @@
 """Building blocks of the networks: modules from tensors to tensors, no models, no scripts."""
 
+from .drop_path import DropPath
 from .ss2d import SS2D
 from .swin import SwinAttentionBlock, SwinBlock, WindowAttention
 from .vss import VSSBlock
 
-__all__ = ["SS2D", "SwinAttentionBlock", "SwinBlock", "VSSBlock", "WindowAttention"]
+__all__ = [
+    "SS2D",
+    "DropPath",
+    "SwinAttentionBlock",
+    "SwinBlock",
+    "VSSBlock",
+    "WindowAttention",
+]

@@ -1,14 +1,13 @@
 """Window attention and Swin blocks on channels-last maps (Liu et al., arXiv:2103.14030)."""
 
-import functools
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from compressai.layers import AttentionBlock, conv1x1
 from einops import rearrange
-from timm.layers import DropPath
 from torch import Tensor
+
+from .compressai import AttentionBlock, conv1x1
+from .drop_path import DropPath
 
 __all__ = ["SwinAttentionBlock", "SwinBlock", "WindowAttention"]
 
@@ -22,30 +21,16 @@ def _relative_positions(window_size: int) -> Tensor:
     return positions[:, None] - positions[None, :] + window_size - 1
 
 
-@functools.lru_cache(maxsize=16)
-def _shift_mask(
-    rows: int, columns: int, window_size: int, shift: int, device: torch.device
-) -> Tensor:
-    """True where two pixels of a shifted window may see each other: (rows * columns, p*p, p*p)."""
+def _hidden_pairs(window_size: int, shift: int) -> Tensor:
+    """True where two pixels of a shifted window may not see each other: (2, 2, p*p, p*p).
 
-    def wrapped(windows: int) -> Tensor:
-        positions = torch.arange(windows * window_size, device=device)
-        return positions >= windows * window_size - shift
-
-    # The cached mask serves training too, which tensors made in inference mode cannot.
-    with torch.inference_mode(False):
-        regions = 2 * wrapped(rows)[:, None].int() + wrapped(columns)[None, :].int()
-        regions = rearrange(regions, "(r p) (c q) -> (r c) (p q)", p=window_size, q=window_size)
-        return regions[:, :, None] == regions[:, None, :]
-
-
-def _goes_into_graph(x: Tensor) -> bool:
-    """Whether what is computed from x now is being captured for a CUDA graph."""
-    return (
-        not torch.compiler.is_compiling()  # it could not trace the question
-        and x.is_cuda
-        and torch.cuda.is_current_stream_capturing()
-    )
+    Only windows of the last row and of the last column wrap around the map's end; the first two
+    axes say whether a window is one of the last row, and one of the last column.
+    """
+    wrapped = torch.arange(window_size) >= window_size - shift
+    wrapped = torch.stack((torch.zeros_like(wrapped), wrapped)).int()
+    regions = (2 * wrapped[:, None, :, None] + wrapped[None, :, None, :]).flatten(2)
+    return regions[:, :, :, None] != regions[:, :, None, :]
 
 
 class WindowAttention(nn.Module):
@@ -81,6 +66,7 @@ class WindowAttention(nn.Module):
         offsets = _relative_positions(window_size)
         self.register_buffer("_rows", offsets[..., 0], persistent=False)
         self.register_buffer("_columns", offsets[..., 1], persistent=False)
+        self.register_buffer("_hidden", _hidden_pairs(window_size, shift), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, height, width, dim) to the same shape."""
@@ -97,11 +83,11 @@ class WindowAttention(nn.Module):
         )
         bias = self.relative_position_params[:, self._rows, self._columns]  # (heads, p*p, p*p)
         if self.shift:
-            # A graph goes on using its memory, which the cache gives back one day.
-            make_mask = _shift_mask.__wrapped__ if _goes_into_graph(x) else _shift_mask
-            mask = make_mask(rows, columns, p, self.shift, x.device)
-            bias = bias.masked_fill(~mask[:, None], -torch.inf)  # (windows, heads, p*p, p*p)
-            bias = bias.repeat(x.shape[0], 1, 1, 1)
+            bias = bias.masked_fill(self._hidden[:, :, None], -torch.inf)  # (2, 2, heads, ...)
+            # All rows and columns of windows but the last get the bias of those that do not wrap.
+            bias = torch.cat((bias[:1].expand(rows - 1, -1, -1, -1, -1), bias[1:]))
+            bias = torch.cat((bias[:, :1].expand(-1, columns - 1, -1, -1, -1), bias[:, 1:]), dim=1)
+            bias = bias.flatten(0, 1).repeat(x.shape[0], 1, 1, 1)  # (batch * windows, heads, ...)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=self.scale)
         x = rearrange(x, "(b w) h n d -> b w n (h d)", w=rows * columns)
         x = self.linear(x)

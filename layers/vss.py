@@ -1,9 +1,9 @@
 """Visual state-space block of MambaVC (arXiv:2405.15413, section 3.2)."""
 
 import torch.nn as nn
-from timm.layers import DropPath
 from torch import Tensor
 
+from .drop_path import DropPath
 from .ss2d import SS2D
 
 __all__ = ["VSSBlock"]

@@ -1,25 +1,28 @@
-"""The networks. Importing this package registers every model name."""
+"""The networks and what is done with them. Each name is loaded at its first use.
 
-import warnings
+So a program that needs no network, to read a `.mvc` file's header for instance, need not wait for
+PyTorch.
+"""
 
-with warnings.catch_warnings():
-    # What CompressAI imports calls torch.jit.script, which newer PyTorch deprecates.
-    warnings.simplefilter("ignore", FutureWarning)
-    import compressai.models  # noqa: F401
+import importlib
 
-from ._registry import build_model, list_models, register_model
-from .base import SliceHyperprior
-from .entropy import BitstreamError
-from .mambavc import MambaVC
-from .variants import ConvVC, SwinVC
+_MODULES = {
+    "BitstreamError": "container",
+    "Coder": "coding",
+    "ConvVC": "variants",
+    "MambaVC": "mambavc",
+    "SliceHyperprior": "base",
+    "SwinVC": "variants",
+    "build_model": "_registry",
+    "list_models": "_registry",
+    "load_model": "checkpoint",
+    "register_model": "_registry",
+}
 
-__all__ = [
-    "BitstreamError",
-    "ConvVC",
-    "MambaVC",
-    "SliceHyperprior",
-    "SwinVC",
-    "build_model",
-    "list_models",
-    "register_model",
-]
+__all__ = [*_MODULES]
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)

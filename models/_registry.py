@@ -1,11 +1,14 @@
 """Names of the models the command line can build."""
 
+import importlib
 from collections.abc import Callable
 
-import compressai.registry
 import torch.nn as nn
 
+from layers.compressai import register_model as register_with_compressai
+
 _BUILDERS: dict[str, Callable[..., nn.Module]] = {}
+_MODULES = ("mambavc", "variants")  # that register models when they are imported
 
 
 def register_model(name: str) -> Callable[[Callable[..., nn.Module]], Callable[..., nn.Module]]:
@@ -18,7 +21,7 @@ def register_model(name: str) -> Callable[[Callable[..., nn.Module]], Callable[.
     def decorator(builder: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         if name in _BUILDERS:
             raise ValueError(f"model name {name!r} is already registered; choose another name")
-        _BUILDERS[name] = compressai.registry.register_model(name)(builder)
+        _BUILDERS[name] = register_with_compressai(name)(builder)
         return builder
 
     return decorator
@@ -26,6 +29,8 @@ def register_model(name: str) -> Callable[[Callable[..., nn.Module]], Callable[.
 
 def list_models() -> list[str]:
     """Names that `build_model` accepts, sorted."""
+    for module in _MODULES:
+        importlib.import_module(f".{module}", __package__)
     return sorted(_BUILDERS)
 
 
@@ -35,6 +40,7 @@ def build_model(name: str, **kwargs) -> nn.Module:
     Raises:
         ValueError: the name is unknown.
     """
-    if name not in _BUILDERS:
-        raise ValueError(f"unknown model {name!r}; choose from {', '.join(list_models())}")
+    names = list_models()
+    if name not in names:
+        raise ValueError(f"unknown model {name!r}; choose from {', '.join(names)}")
     return _BUILDERS[name](**kwargs)

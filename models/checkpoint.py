@@ -1,17 +1,23 @@
-"""Checkpoints: files of weights, found by path or by name, and the networks they hold."""
+"""Checkpoints: files of weights, found by path or by name, and the networks they hold.
+
+PyTorch is imported where it is needed only, so that a wrong name is reported at once.
+"""
+
+from __future__ import annotations
 
 import json
+import os
+import warnings
 from pathlib import Path
-
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from typing import TYPE_CHECKING
 
 from utils import UsageError, atomic_write
 
-from ._registry import build_model
-from .base import SliceHyperprior
-from .mambavc import MambaVC
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from .base import SliceHyperprior
 
 CHECKPOINT_FOLDER = Path(__file__).parent.parent / "checkpoints"
 
@@ -22,9 +28,8 @@ def find_checkpoint(name: Path | str) -> Path:
     Raises:
         UsageError: there is neither.
     """
-    shipped = CHECKPOINT_FOLDER / f"{name}.safetensors"
-    for path in (Path(name), shipped):
-        if path.is_file():
+    for path in (Path(name), CHECKPOINT_FOLDER / f"{name}.safetensors"):
+        if os.path.isfile(path):  # unlike Path.is_file, also of names too long for a file
             return path
     names = ", ".join(sorted(p.stem for p in CHECKPOINT_FOLDER.glob("*.safetensors")))
     raise UsageError(
@@ -37,20 +42,26 @@ def load_checkpoint(name: Path | str) -> dict:
     """Read a checkpoint onto the CPU, without running any code it may hold.
 
     Args:
-        name: see `find_checkpoint`; what train.py, export.py or the published code saved.
+        name: see `find_checkpoint`; what train.py, tools/export.py or the published code saved.
 
     Raises:
         UsageError: there is no such file, or it is not a checkpoint.
     """
+    import torch
+
     path = find_checkpoint(name)
     try:
         if path.suffix == ".safetensors":
             return _load_weights(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch and safetensors raise many types for damaged files
-        reason = str(error).strip().split("\n")[0]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about pickle protocols
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError as error:
+        raise UsageError(f"cannot load {path}: {error.strerror}") from None
+    except Exception:  # torch and safetensors raise many types, and say nothing that would help
         raise UsageError(
-            f"cannot load {path} as a checkpoint: {type(error).__name__}: {reason}"
+            f"cannot load {path} as a checkpoint: it is damaged, or no file of weights; "
+            "give a file that train.py or tools/export.py wrote"
         ) from None
     if not isinstance(checkpoint, dict):
         raise UsageError(f"{path} holds a {type(checkpoint).__name__}, expected a checkpoint dict")
@@ -58,6 +69,9 @@ def load_checkpoint(name: Path | str) -> dict:
 
 
 def _load_weights(path: Path) -> dict:
+    """What `save_weights` wrote, in float32."""
+    from safetensors import safe_open
+
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
@@ -66,23 +80,37 @@ def _load_weights(path: Path) -> dict:
     return {"model": metadata["model"], "model_args": model_args, "state_dict": state_dict}
 
 
-def save_weights(checkpoint: dict, path: Path) -> None:
+def save_weights(checkpoint: dict, path: Path) -> bool:
     """Write a checkpoint's weights, tables and configuration as a safetensors file.
 
-    Weights are rounded to half precision. The entropy models, which are small, are kept as they
-    are: their tables were built from them.
+    Weights are rounded to half precision, but for tensors that hold a value beyond its range
+    (65,504). The entropy models, which are small, are kept as they are: their tables were built
+    from them.
+
+    Returns:
+        Whether rounding changed the model's fingerprint: what was coded with the checkpoint then
+        does not decode with the file.
+
+    Raises:
+        UsageError: a weight is not finite.
     """
-    exact = ("entropy_bottleneck.", "gaussian_conditional.")
-    state_dict = {
-        key: value.half() if value.is_floating_point() and not key.startswith(exact) else value
-        for key, value in checkpoint["state_dict"].items()
-    }
+    from safetensors.torch import save_file
+
+    from .coding import fingerprint
+
+    _check_finite(checkpoint["state_dict"], path)
+    state_dict = {}
+    for key, value in checkpoint["state_dict"].items():
+        half = value.half() if value.is_floating_point() else value
+        exact = key.startswith(("entropy_bottleneck.", "gaussian_conditional."))
+        state_dict[key] = (value if exact or not half.isfinite().all() else half).contiguous()
     metadata = {
         "model": checkpoint["model"],
         "model_args": json.dumps(checkpoint["model_args"]),
     }
     with atomic_write(path) as temporary:
-        save_file({k: v.contiguous() for k, v in state_dict.items()}, temporary, metadata)
+        save_file(state_dict, temporary, metadata)
+    return fingerprint(state_dict) != fingerprint(checkpoint["state_dict"])
 
 
 def build_from_checkpoint(checkpoint: dict, source: object) -> SliceHyperprior:
@@ -91,21 +119,32 @@ def build_from_checkpoint(checkpoint: dict, source: object) -> SliceHyperprior:
     Its CDF tables are built if the checkpoint has none. The model is in eval mode on the CPU.
 
     Raises:
-        UsageError: the weights do not fit a model we know.
+        UsageError: the weights do not fit a model we know, a value is not finite, or the tables
+            are damaged or incomplete.
     """
+    from ._registry import build_model
+    from .entropy import LatentTables
+    from .mambavc import MambaVC
+
     try:
         if "model_args" in checkpoint:
-            model = build_model(checkpoint["model"], **checkpoint["model_args"])
-            model.load_state_dict(checkpoint["state_dict"])
+            arguments, state_dict = checkpoint["model_args"], checkpoint["state_dict"]
+            _check_sizes(arguments, MambaVC.sizes_from_state_dict(state_dict))
+            model = build_model(checkpoint["model"], **arguments)
+            model.load_state_dict(state_dict)
         else:
             model = MambaVC.from_state_dict(checkpoint)
+        _check_finite(model.state_dict(), source)
+        model.eval()
+        coders = (model.entropy_bottleneck, model.gaussian_conditional)
+        if not any(coder.quantized_cdf.numel() for coder in coders):
+            model.update(force=True)
+        LatentTables(*coders)  # refuses damaged ones
     except KeyError as error:
         raise UsageError(f"{source} lacks {error}; give a file that train.py saved") from None
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{source}: {error}") from None
-    model.eval()
-    if model.gaussian_conditional.quantized_cdf.numel() == 0:
-        model.update(force=True)
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"{source}: {reason}") from None
     return model
 
 
@@ -116,3 +155,38 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> SliceHyp
         UsageError: see there and `load_checkpoint`.
     """
     return build_from_checkpoint(load_checkpoint(path), path).to(device)
+
+
+def _check_sizes(arguments: dict, sizes: dict) -> None:
+    """Check a model's arguments against its weights, before a network of any size is built.
+
+    Args:
+        arguments: as the checkpoint has them.
+        sizes: those that the shapes of the weights tell.
+
+    Raises:
+        ValueError: they differ, or are none.
+    """
+    if not isinstance(arguments, dict):
+        raise ValueError(f"model_args is a {type(arguments).__name__}, expected a dict")
+    for name, size in sizes.items():
+        value = arguments.get(name, size)
+        fits = type(value) is type(size) and value == size
+        if name == "max_support_slices" and size == sizes["num_slices"]:
+            # The last slice has one slice less to be predicted from than there are.
+            fits = type(value) is int and value >= size - 1
+        if not fits:
+            raise ValueError(
+                f"the state dict does not fit model_args: {name} is {value!r:.60} there and "
+                f"{size!r:.60} by the shapes of the weights; give a file that train.py saved"
+            )
+
+
+def _check_finite(state_dict: dict[str, Tensor], source: object) -> None:
+    """Raises UsageError where a value is not finite."""
+    for key, value in state_dict.items():
+        if not value.isfinite().all():
+            raise UsageError(
+                f"{source}: {key} holds values that are not finite; the training that made it "
+                "diverged: give an earlier checkpoint"
+            )

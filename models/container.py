@@ -8,35 +8,44 @@ field        bytes   meaning
 ============ ======= ==========================================================================
 magic        3       ``MVC``
 version      1       bits 0 to 6: version, 1; bit 7: coded with the exact entropy path
-fingerprint  4       which model decodes it; see `fingerprint`
+fingerprint  4       which model decodes it; see `coding.fingerprint`
 height       varint  rows of the picture, 1 to 65,535
 width        varint  columns of the picture, 1 to 65,535; at most 2**26 pixels in all
 guards       varint  number of guard entries, at most 2**20, then for each of them
              varint  - position of the symbol of y, less that of the entry before it
              1       - index of its table
 z length     varint  bytes of the string of z
-z            above   string of z (format in `models/coder.py`)
+z            above   string of z (format in `models/rans.py`)
 y            rest    string of y, up to the two checksums
 symbol CRC   4       CRC-32 of all symbols of z and y, as the model counts them
 file CRC     4       CRC-32 of every byte before it
 ============ ======= ==========================================================================
 
 A picture of 768x512 takes 23 bytes beyond its two strings (3 + 1 + 4 + 2 + 2 + 1 + 2 + 4 + 4) and
-at most 4 for each guard entry: 39 with four. The file CRC finds damage before anything is decoded.
-The symbol CRC finds a decoder that computed other symbols than the encoder. The fingerprint names
-the wrong checkpoint; should two models share one, the symbol CRC still tells them apart.
+at most 4 for each guard entry: 39 with four.
+
+What is protected, and what is not:
+
+- Damage by accident: the file CRC finds it before anything is decoded.
+- A decoder whose entropy path finds other means or scales than the encoder's did, as another
+  machine's may: it reads other symbols, and the symbol CRC finds that.
+- The wrong checkpoint: the fingerprint, 32 bits of a SHA-256 over all that decoding depends on,
+  tells models apart, but not one that was made to share it. The symbol CRC is no second guard, as
+  it says nothing of the synthesis behind the symbols: there, another model makes another picture.
+- The picture's samples: not at all, since devices may differ by one grey level.
+- Anything changed on purpose: not at all. Both checksums can be computed anew; a signature has to
+  come from outside.
+
+What limits a hostile file: its strings cannot be longer than it is, and decoding takes time and
+memory in proportion to the picture's size, which the header states. That size is not bounded by
+the file's: a flat picture of 8192x8192 pixels honestly takes 40 kB. Who decodes files of strangers
+checks the size that `unpack` returns against the memory there is.
 """
 
-import hashlib
 import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-
-from .base import SliceHyperprior
-from .entropy import BitstreamError
 
 __all__ = [
     "MAX_BYTES",
@@ -46,11 +55,8 @@ __all__ = [
     "BitstreamError",
     "Stream",
     "check_size",
-    "fingerprint",
     "pack",
-    "pack_picture",
     "unpack",
-    "unpack_picture",
 ]
 
 VERSION = 1
@@ -63,12 +69,11 @@ _MAGIC = b"MVC"
 _EXACT = 0x80
 _FIXED = struct.Struct("<3sB4s")
 _CHECKSUMS = struct.Struct("<II")
-_PIXELS_PER_Z = 64
 _MAX_VARINT = 2**32
-# What only the encoder uses, and what the tables were made from.
-_ENCODER = ("g_a.", "h_a.")
-_ENTROPY_MODELS = ("entropy_bottleneck.", "gaussian_conditional.")
-_TABLES = ("quantiles", "_quantized_cdf", "_cdf_length", "_offset", "scale_table")
+
+
+class BitstreamError(ValueError):
+    """The bytes are not a stream that this model can decode to the right picture."""
 
 
 @dataclass(frozen=True)
@@ -229,72 +234,3 @@ def _write_varint(out: bytearray, value: int) -> None:
         out.append(value & 0x7F | 0x80)
         value >>= 7
     out.append(value)
-
-
-def fingerprint(model: SliceHyperprior) -> bytes:
-    """Four bytes that differ between models that decode differently.
-
-    The first bytes of the SHA-256 of all that decoding depends on: names, shapes and values of the
-    layers behind the latents (as float32, so that storing them in half precision keeps it where
-    the values are equal), of the CDF tables and of the scale table. It takes a pass over all
-    weights: call it once per model.
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        made_tables = name.startswith(_ENTROPY_MODELS) and not name.endswith(_TABLES)
-        if name.startswith(_ENCODER) or made_tables:
-            continue
-        kind = torch.float32 if value.is_floating_point() else torch.int64
-        array = value.detach().to("cpu", kind).contiguous().numpy()
-        digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        digest.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
-    return digest.digest()[:4]
-
-
-def pack_picture(compressed: dict, model_fingerprint: bytes, exact: bool = True) -> bytes:
-    """Write what `SliceHyperprior.compress` returned for one picture as a `.mvc` file.
-
-    Args:
-        compressed: the returned dict, of a batch of one.
-        model_fingerprint: `fingerprint` of the model.
-        exact: as it was given to ``compress``.
-
-    Raises:
-        BitstreamError, ValueError: see `pack`.
-    """
-    (y,), (z,) = compressed["strings"]
-    height, width = compressed["size"]
-    if tuple(compressed["shape"]) != _shape(height, width):
-        raise ValueError(f"z of shape {compressed['shape']} does not go with {width}x{height}")
-    (guards,), (crc,) = compressed["guards"], compressed["crcs"]
-    return pack(Stream(model_fingerprint, exact, height, width, guards, z, y, crc))
-
-
-def unpack_picture(data: bytes | Stream, model_fingerprint: bytes) -> dict:
-    """Arguments of `SliceHyperprior.decompress` for a `.mvc` file, all but ``exact``.
-
-    Args:
-        data: the file's bytes, or what `unpack` returned for them.
-        model_fingerprint: `fingerprint` of the model that is to decode it.
-
-    Raises:
-        BitstreamError: see `unpack`; or the file was made by another model.
-    """
-    stream = data if isinstance(data, Stream) else unpack(data)
-    if stream.fingerprint != model_fingerprint:
-        raise BitstreamError(
-            f"the file was made by model {stream.fingerprint.hex()}, this checkpoint is model "
-            f"{model_fingerprint.hex()}; give the checkpoint it was made with"
-        )
-    return {
-        "strings": [[stream.y], [stream.z]],
-        "shape": _shape(stream.height, stream.width),
-        "size": (stream.height, stream.width),
-        "guards": [stream.guards],
-        "crcs": [stream.crc],
-    }
-
-
-def _shape(height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of z."""
-    return -(-height // _PIXELS_PER_Z), -(-width // _PIXELS_PER_Z)

@@ -1,37 +1,37 @@
 """Channel-wise autoregressive entropy model: one slice loop for all uses (arXiv:2007.08739)."""
 
-import contextlib
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from compressai.entropy_models import EntropyBottleneck, EntropyModel
 from torch import Tensor
 
-from .rans import MAX_SYMBOL, BitstreamError, SymbolDecoder, SymbolEncoder, Tables
+from layers.compressai import EntropyBottleneck, GaussianConditional
+
+from .container import BitstreamError
+from .rans import MAX_SYMBOL, SymbolDecoder, Tables, encode
 
 __all__ = [
     "GUARD",
-    "BitstreamError",
     "Bottleneck",
     "LatentDecoder",
     "LatentEncoder",
+    "LatentTables",
     "SlicePredictor",
-    "call",
 ]
 
 # A scale whose logarithm lies this close to a boundary of the scale table may get another table
 # index on another device. Float64 keeps devices within about 1e-12 of each other.
 GUARD = 1e-6
 
-CodeSlice = Callable[[int, Tensor, Tensor], Tensor]
+Quantise = Callable[[int, Tensor, Tensor], Tensor]
 
 
-def call(stage: Callable, *args):
-    """Run a stage of a network: a function of tensors, integers and nothing else."""
+def run_eagerly(stage: Callable, *args):
+    """Call a stage of the network; `SlicePredictor` may be given something faster."""
     return stage(*args)
 
 
@@ -53,11 +53,18 @@ class Bottleneck(EntropyBottleneck):
             likelihoods.reshape(shape).transpose(0, 1).contiguous(),
         )
 
+    def medians(self) -> Tensor:
+        """Medians of the channels' distributions: (1, channels, 1, 1)."""
+        return self._get_medians().reshape(1, -1, 1, 1)
 
-class SlicePredictor(nn.Module):
+
+@dataclass(frozen=True, eq=False)
+class SlicePredictor:
     """Predicts mean and scale of each channel slice of y from z_hat and the slices before it.
 
-    Args:
+    It refers to the modules of a model and owns none of them.
+
+    Attributes:
         h_mean_s, h_scale_s: hyper-synthesis transforms, (batch, Z, h/4, w/4) to (batch, M, h, w).
         atten_mean, atten_scale: one attention per slice on the hyper-latents and the support.
         cc_mean_transforms, cc_scale_transforms: from there to a slice's mean and scale.
@@ -65,40 +72,31 @@ class SlicePredictor(nn.Module):
         max_support_slices: decoded slices that a slice is predicted from, at most.
     """
 
-    def __init__(
-        self,
-        h_mean_s: nn.Module,
-        h_scale_s: nn.Module,
-        atten_mean: nn.ModuleList,
-        atten_scale: nn.ModuleList,
-        cc_mean_transforms: nn.ModuleList,
-        cc_scale_transforms: nn.ModuleList,
-        lrp_transforms: nn.ModuleList,
-        max_support_slices: int,
-    ):
-        super().__init__()
-        self.h_mean_s = h_mean_s
-        self.h_scale_s = h_scale_s
-        self.atten_mean = atten_mean
-        self.atten_scale = atten_scale
-        self.cc_mean_transforms = cc_mean_transforms
-        self.cc_scale_transforms = cc_scale_transforms
-        self.lrp_transforms = lrp_transforms
-        self.max_support_slices = max_support_slices
+    h_mean_s: nn.Module
+    h_scale_s: nn.Module
+    atten_mean: nn.ModuleList
+    atten_scale: nn.ModuleList
+    cc_mean_transforms: nn.ModuleList
+    cc_scale_transforms: nn.ModuleList
+    lrp_transforms: nn.ModuleList
+    max_support_slices: int
 
-    def forward(self, z_hat: Tensor, code_slice: CodeSlice, run_stage: Callable = call) -> Tensor:
+    def __call__(self, z_hat: Tensor, quantise: Quantise, run: Callable = run_eagerly) -> Tensor:
         """Walk over the slices and return y_hat (batch, M, h, w).
 
-        ``code_slice(i, mu, scale)`` turns the prediction of slice i into the quantised slice:
-        by rounding y in training and estimation, by encoding its symbols, or by decoding them.
-        ``run_stage`` runs what lies between.
+        Args:
+            z_hat: (batch, Z, h/4, w/4).
+            quantise: ``quantise(i, mu, scale)`` returns the quantised slice i, given its predicted
+                mean and scale: by rounding y, or by decoding its symbols.
+            run: ``run(stage, *args)`` runs what lies between; each stage depends on its arguments
+                (tensors and integers) and the weights only.
         """
-        latents = run_stage(self.transform, z_hat)
+        latents = run(self.transform, z_hat)
         y_hat: list[Tensor] = []
         for i in range(len(self.lrp_transforms)):
             support = y_hat[: self.max_support_slices]
-            mu, scale, mean_support = run_stage(self.predict, i, *latents, *support)
-            y_hat.append(run_stage(self.correct, i, mean_support, code_slice(i, mu, scale)))
+            mu, scale, mean_support = run(self.predict, i, *latents, *support)
+            y_hat.append(run(self.correct, i, mean_support, quantise(i, mu, scale)))
         return torch.cat(y_hat, dim=1)
 
     def transform(self, z_hat: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,35 +118,38 @@ class SlicePredictor(nn.Module):
         return y_hat_slice + 0.5 * torch.tanh(residual)
 
 
-@contextlib.contextmanager
-def deterministic_arithmetic() -> Iterator[None]:
-    """Fixed convolution algorithms without TF32, so that both ends of a stream compute alike."""
-    with torch.backends.cudnn.flags(
-        enabled=torch.backends.cudnn.enabled, deterministic=True, benchmark=False, allow_tf32=False
-    ):
-        yield
+class LatentTables:
+    """What the symbols of z and y are coded with.
 
+    Args:
+        bottleneck, conditional: the model's entropy models of z and of y.
 
-class _ProductConv2d(nn.Conv2d):
-    """A convolution of stride 1 as one matrix product."""
+    Attributes:
+        z: one table per channel of z.
+        y: one table per entry of the scale table.
+        medians: (1, Z, 1, 1), float64; z is rounded to whole distances from them.
+        boundaries: scales between which one entry of the scale table is used, rising, float64;
+            the last entry has no upper one.
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.kernel_size == (1, 1):
-            columns = x.flatten(2)  # (batch, C * k * k, h * w)
-        else:
-            columns = F.unfold(x, self.kernel_size, padding=self.padding)
-        weight = self.weight.flatten(1).expand(len(x), -1, -1)
-        return torch.baddbmm(self.bias[:, None], weight, columns).unflatten(-1, x.shape[-2:])
-
-
-def multiply_convolutions(module: nn.Module) -> None:
-    """Compute a module's convolutions of stride 1 as matrix products, from now on.
-
-    In float64 a GPU's library takes ten times as long for a convolution as for the product.
+    Raises:
+        ValueError: a model has no CDF tables, or they are damaged or not its own.
     """
-    for layer in module.modules():
-        if type(layer) is nn.Conv2d and layer.stride == (1, 1):
-            layer.__class__ = _ProductConv2d
+
+    def __init__(self, bottleneck: Bottleneck, conditional: GaussianConditional):
+        self.z = Tables.of(bottleneck)
+        self.y = Tables.of(conditional)
+        self.medians = bottleneck.medians().double()
+        scales = conditional.scale_table.double()
+        rising = scales.ndim == 1 and len(scales) > 1 and bool((scales.diff() > 0).all())
+        if not (rising and scales[0] > 0 and scales[-1].isfinite()):
+            raise ValueError("the scale table is damaged: its scales should be positive and rise")
+        for tables, name, count in ((self.z, "z", bottleneck.channels), (self.y, "y", len(scales))):
+            if len(tables.offsets) != count:
+                raise ValueError(
+                    f"there are {len(tables.offsets)} CDF tables of {name}, expected {count}; "
+                    "build the tables again with update(force=True)"
+                )
+        self.boundaries = scales[:-1]
 
 
 def _check(symbols: Tensor, prediction: Tensor) -> None:
@@ -177,20 +178,17 @@ def _flat(values: Tensor) -> list[np.ndarray]:
 class _LatentCoder:
     """What encoder and decoder share: table indexes, and the checksum of all symbols."""
 
-    def __init__(self, bottleneck: EntropyModel, conditional: EntropyModel, batch: int):
-        self.z_tables = Tables.of(bottleneck)
-        self.y_tables = Tables.of(conditional)
-        # The last entry has no upper boundary.
-        self.boundaries = conditional.scale_table[:-1].double()
+    def __init__(self, tables: LatentTables, batch: int):
+        self.tables = tables
         self.crcs = [0] * batch
 
     def table_indexes(self, scale: Tensor) -> Tensor:
         """Index of the narrowest table entry that is not below the scale: int64, like scale."""
-        return torch.bucketize(scale.double().contiguous(), self.boundaries)
+        return torch.bucketize(scale.double().contiguous(), self.tables.boundaries)
 
     def z_indexes(self, shape: Sequence[int]) -> np.ndarray:
         """Table index of each symbol of z, which is its channel."""
-        channels = len(self.z_tables.offsets)
+        channels = len(self.tables.z.offsets)
         return np.repeat(np.arange(channels, dtype=np.int32), shape[0] * shape[1])
 
     def checksum(self, image: int, symbols: np.ndarray) -> None:
@@ -207,26 +205,23 @@ class LatentEncoder(_LatentCoder):
         crcs: per image, the CRC-32 of all symbols of z and y (little-endian int32, coding order).
     """
 
-    def __init__(self, bottleneck: EntropyModel, conditional: EntropyModel, y: Tensor):
-        super().__init__(bottleneck, conditional, len(y))
+    def __init__(self, tables: LatentTables, y: Tensor):
+        super().__init__(tables, len(y))
         self.y = y
         self.guards: list[list[tuple[int, int]]] = [[] for _ in y]
         self.coded: list[list[Tensor]] = []  # per slice: symbols, scales, indexes, guards
 
-    def encode_z(self, z: Tensor, medians: Tensor) -> tuple[list[bytes], Tensor]:
+    def encode_z(self, z: Tensor) -> tuple[list[bytes], Tensor]:
         """Return the strings of z and z_hat in float64."""
-        symbols = torch.round(z - medians)
+        medians = self.tables.medians
+        symbols = torch.round(z - medians.to(z.dtype))
         _check(symbols, medians)
-        strings = []
-        for image, values in enumerate(_flat(symbols)):
-            encoder = SymbolEncoder(self.z_tables)
-            encoder.put(values, self.z_indexes(z.shape[-2:]))
-            strings.append(encoder.flush())
-            self.checksum(image, values)
-        return strings, _dequantise(symbols.double(), medians.double())
+        indexes = [self.z_indexes(z.shape[-2:])] * len(z)
+        strings = self._encode(_flat(symbols), indexes, self.tables.z)
+        return strings, _dequantise(symbols.double(), medians)
 
-    def code_slice(self, i: int, mu: Tensor, scale: Tensor) -> Tensor:
-        """Round slice i of y and keep it for `encode_y`; see `SlicePredictor.forward`."""
+    def round_slice(self, i: int, mu: Tensor, scale: Tensor) -> Tensor:
+        """Round slice i of y and keep it for `encode_y`; a `SlicePredictor` calls it."""
         channels = mu.shape[1]
         y = self.y[:, i * channels : (i + 1) * channels]
         symbols = torch.round(y.to(mu.dtype) - mu)
@@ -238,7 +233,7 @@ class LatentEncoder(_LatentCoder):
     def _near_boundary(self, scale: Tensor, indexes: Tensor) -> Tensor:
         """True where another device may find another index."""
         log_scale = scale.double().clamp(min=1e-12).log()
-        log_boundaries = self.boundaries.log()
+        log_boundaries = self.tables.boundaries.log()
         last = len(log_boundaries) - 1
         # An index lies between boundary index - 1 below it and boundary index above it.
         return (
@@ -265,13 +260,14 @@ class LatentEncoder(_LatentCoder):
         chosen = indexes[images, positions]
         for image, position, index in torch.stack([images, positions, chosen], 1).tolist():
             self.guards[image].append((position, index))
-        strings = []
-        for image, (values, rows) in enumerate(zip(_flat(symbols), _flat(indexes), strict=True)):
-            encoder = SymbolEncoder(self.y_tables)
-            encoder.put(values, rows)
-            strings.append(encoder.flush())
+        return self._encode(_flat(symbols), _flat(indexes), self.tables.y)
+
+    def _encode(
+        self, symbols: Sequence[np.ndarray], indexes: Sequence[np.ndarray], tables: Tables
+    ) -> list[bytes]:
+        for image, values in enumerate(symbols):
             self.checksum(image, values)
-        return strings
+        return [encode(*each, tables) for each in zip(symbols, indexes, strict=True)]
 
 
 class LatentDecoder(_LatentCoder):
@@ -283,31 +279,30 @@ class LatentDecoder(_LatentCoder):
 
     def __init__(
         self,
-        bottleneck: EntropyModel,
-        conditional: EntropyModel,
+        tables: LatentTables,
         y_strings: Sequence[bytes],
         guards: Sequence[Sequence[tuple[int, int]]],
     ):
-        super().__init__(bottleneck, conditional, len(y_strings))
+        super().__init__(tables, len(y_strings))
         # (position, index) rows
         self.guards = [np.asarray(g, dtype=np.int64).reshape(-1, 2) for g in guards]
-        self.decoders = [SymbolDecoder(string, self.y_tables) for string in y_strings]
+        self.decoders = [SymbolDecoder(string, self.tables.y) for string in y_strings]
         self.position = 0  # symbols of y decoded so far in each image
 
-    def decode_z(self, strings: Sequence[bytes], shape: Sequence[int], medians: Tensor) -> Tensor:
+    def decode_z(self, strings: Sequence[bytes], shape: Sequence[int]) -> Tensor:
         """Return z_hat (batch, Z, *shape) in float64."""
         images = []
         for image, string in enumerate(strings):
-            decoder = SymbolDecoder(string, self.z_tables)
+            decoder = SymbolDecoder(string, self.tables.z)
             values = decoder.get(self.z_indexes(shape))
             decoder.finish()
             self.checksum(image, values)
             images.append(torch.from_numpy(values).reshape(-1, *shape))
-        symbols = torch.stack(images).to(medians.device)
-        return _dequantise(symbols.double(), medians.double())
+        medians = self.tables.medians
+        return _dequantise(torch.stack(images).to(medians.device).double(), medians)
 
-    def code_slice(self, i: int, mu: Tensor, scale: Tensor) -> Tensor:
-        """Decode slice i of y; see `SlicePredictor.forward`."""
+    def read_slice(self, i: int, mu: Tensor, scale: Tensor) -> Tensor:
+        """Decode slice i of y; a `SlicePredictor` calls it."""
         count = mu[0].numel()
         images = []
         for image, rows in enumerate(_flat(self.table_indexes(scale))):
@@ -321,10 +316,14 @@ class LatentDecoder(_LatentCoder):
         return _dequantise(torch.stack(images).to(mu.device).to(mu.dtype), mu)
 
     def finish(self) -> None:
-        """Check that the strings of y end here, once all slices are decoded.
+        """Check that the strings of y and the guards end here, once all slices are decoded.
 
         Raises:
             BitstreamError: they do not.
         """
         for decoder in self.decoders:
             decoder.finish()
+        if any((guards[:, 0] >= self.position).any() for guards in self.guards):
+            raise BitstreamError(
+                "a guard entry is for a symbol beyond the picture's last; the file is damaged"
+            )

@@ -4,10 +4,9 @@ from itertools import pairwise
 
 import torch
 import torch.nn as nn
-from compressai.entropy_models import GaussianConditional
-from compressai.models.utils import conv, deconv
 
 from layers import SwinAttentionBlock, VSSBlock
+from layers.compressai import GaussianConditional, conv, deconv
 
 from ._registry import register_model
 from .base import SliceHyperprior
@@ -54,7 +53,7 @@ class MambaVC(SliceHyperprior):
         transform_width: int = 224,
     ):
         super().__init__()
-        if M % num_slices:
+        if num_slices < 1 or M % num_slices:
             raise ValueError(f"M={M} is not a multiple of num_slices={num_slices}")
         self.config = {
             "N": N,

@@ -13,19 +13,25 @@ from the table in Elias gamma code. Distances are 1, 3, 5 and so on for the valu
 table, 2, 4, 6 and so on for those below. Of a distance's bits the highest one is left out; their
 number is coded in 5 bits, then those above the lowest 16 bits, then the lowest 16. k bits of value
 v are a symbol of frequency 2**(16 - k) and cumulative frequency v * 2**(16 - k).
+
+CompressAI's coder is not used because it trusts its input: it reads beyond the end of a string
+that is cut off or made up, takes table indexes as they come, and cannot tell that a string holds
+more or less than what was asked for. Here any bytes are safe, and all of these are noticed.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numba
 import numpy as np
-from compressai.entropy_models import EntropyModel
 
-__all__ = ["MAX_SYMBOL", "BitstreamError", "SymbolDecoder", "SymbolEncoder", "Tables"]
+from layers.compressai import EntropyModel
+
+from .container import BitstreamError
+
+__all__ = ["MAX_SYMBOL", "SymbolDecoder", "Tables", "encode"]
 
 # float32 holds every integer up to here; latents beyond it are not worth coding.
 MAX_SYMBOL = 2**24
@@ -41,10 +47,6 @@ _LOOKUP_SHIFT = _PRECISION - _LOOKUP_BITS
 _WORDS_PER_SYMBOL = 4  # an entry, a length and up to 26 bits, each moving at most one word
 
 _OK, _BAD_INDEX, _BAD_SYMBOL, _EXHAUSTED = range(4)
-
-
-class BitstreamError(ValueError):
-    """The bytes are not a stream that this model can decode to the right picture."""
 
 
 def _jit(function: Callable) -> Callable:
@@ -74,7 +76,7 @@ class Tables:
 
     @classmethod
     def of(cls, model: EntropyModel) -> Tables:
-        """Tables of a CompressAI entropy model; prepared again only when their values change.
+        """Tables of a CompressAI entropy model.
 
         Raises:
             ValueError: the model has none yet, or they are no valid CDF tables.
@@ -82,12 +84,7 @@ class Tables:
         if model.quantized_cdf.numel() == 0:
             raise ValueError("the model has no CDF tables; call update() before coding")
         buffers = (model.quantized_cdf, model.cdf_length, model.offset)
-        arrays = [buffer.detach().cpu().numpy().astype(np.int32) for buffer in buffers]
-        known, tables = _prepared.get(model, ([], None))
-        if tables is None or not all(map(np.array_equal, known, arrays)):
-            tables = cls.build(*arrays)
-            _prepared[model] = arrays, tables
-        return tables
+        return cls.build(*(b.detach().cpu().numpy().astype(np.int32) for b in buffers))
 
     @classmethod
     def build(cls, cdfs: np.ndarray, lengths: np.ndarray, offsets: np.ndarray) -> Tables:
@@ -111,7 +108,7 @@ class Tables:
         lookup = np.empty((len(cdfs), 1 << _LOOKUP_BITS), dtype=np.int32)
         parts = []
         for k, (row, length, offset) in enumerate(zip(cdfs, lengths, offsets, strict=True)):
-            part = row[: max(length, 0)]
+            part = row[: max(length, 0)].astype(np.int64)  # differences fit
             valid = 3 <= length <= len(row) and abs(int(offset)) <= MAX_SYMBOL
             if not (valid and part[0] == 0 and part[-1] == _TOTAL and (np.diff(part) > 0).all()):
                 raise ValueError(
@@ -122,57 +119,40 @@ class Tables:
             rows[k + 1] = rows[k] + length
             buckets = np.arange(1 << _LOOKUP_BITS) << _LOOKUP_SHIFT
             lookup[k] = np.searchsorted(part, buckets, side="right") - 1
-        return cls(np.concatenate(parts), rows, offsets, lookup)
+        return cls(np.concatenate(parts).astype(np.int32), rows, offsets, lookup)
 
 
-# The buffers each model's tables were prepared from, and the result.
-_prepared: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+def encode(symbols: np.ndarray, indexes: np.ndarray, tables: Tables) -> bytes:
+    """Turn symbols (flat integers, at most 2**24 in size), each with its table's index, into bytes.
 
-
-class SymbolEncoder:
-    """Turns symbols into bytes: `put` any number of times, then `flush` once."""
-
-    def __init__(self, tables: Tables):
-        self._tables = tables
-        self._symbols: list[np.ndarray] = []
-        self._indexes: list[np.ndarray] = []
-
-    def put(self, symbols: np.ndarray, indexes: np.ndarray) -> None:
-        """Append symbols (int32, flat, at most 2**24 in size), each with its table's index.
-
-        Raises:
-            ValueError: the two differ in shape.
-        """
-        if symbols.ndim != 1 or symbols.shape != indexes.shape:
-            raise ValueError(
-                f"expected flat symbols with an index each, got {symbols.shape} symbols and "
-                f"{indexes.shape} indexes"
-            )
-        self._symbols.append(symbols.astype(np.int32))
-        self._indexes.append(indexes.astype(np.int32))
-
-    def flush(self) -> bytes:
-        """All symbols put so far, as bytes.
-
-        Raises:
-            ValueError: a symbol is larger than 2**24, or an index names no table.
-        """
-        empty = [np.empty(0, dtype=np.int32)]
-        symbols = np.concatenate(self._symbols or empty)
-        indexes = np.concatenate(self._indexes or empty)
-        words = np.empty(_WORDS_PER_SYMBOL * len(symbols), dtype=np.uint16)
-        tables = self._tables
-        status, first, x = _encode(symbols, indexes, tables.cdf, tables.rows, tables.offsets, words)
-        if status == _BAD_INDEX:
-            raise ValueError(f"a table index is outside the {len(tables.offsets)} tables")
-        if status == _BAD_SYMBOL:
-            raise ValueError(f"a symbol is larger than {MAX_SYMBOL}; check the weights and picture")
-        state = x.to_bytes((x.bit_length() + 7) // 8, "little")
-        return state + words[first:].astype("<u2").tobytes()
+    Raises:
+        ValueError: the two differ in shape, a symbol is larger than 2**24, or an index names no
+            table.
+    """
+    if symbols.ndim != 1 or symbols.shape != indexes.shape:
+        raise ValueError(
+            f"expected flat symbols with an index each, got {symbols.shape} symbols and "
+            f"{indexes.shape} indexes"
+        )
+    words = np.empty(_WORDS_PER_SYMBOL * len(symbols), dtype=np.uint16)
+    status, first, x = _encode(
+        symbols.astype(np.int32),
+        indexes.astype(np.int32),
+        tables.cdf,
+        tables.rows,
+        tables.offsets,
+        words,
+    )
+    if status == _BAD_INDEX:
+        raise ValueError(f"a table index is outside the {len(tables.offsets)} tables")
+    if status == _BAD_SYMBOL:
+        raise ValueError(f"a symbol is larger than {MAX_SYMBOL}; check the weights and picture")
+    state = x.to_bytes((x.bit_length() + 7) // 8, "little")
+    return state + words[first:].astype("<u2").tobytes()
 
 
 class SymbolDecoder:
-    """Reads the symbols of one `SymbolEncoder` string in the order they were put.
+    """Reads the symbols of one string that `encode` made, in their order, in any portions.
 
     Any bytes are safe to decode: each call takes time proportional to its number of symbols.
 

@@ -2,10 +2,9 @@
 
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor
 
-from layers import SwinBlock
+from layers import DropPath, SwinBlock
 
 from ._registry import register_model
 from .mambavc import MambaVC

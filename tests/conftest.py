@@ -1,4 +1,4 @@
-"""What every test gets: fixed seeds and fresh memory that is full of NaN."""
+"""What every test gets: fixed seeds, fresh memory that is full of NaN, and tiny networks."""
 
 import os
 import random
@@ -7,17 +7,64 @@ import numpy as np
 import pytest
 import torch
 
+import models
+
 if not torch.cuda.is_available():
     # Read when Triton is first imported: its kernels then run, slowly, on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# The sizes differ from each other, so that one taken for another is noticed.
+TINY = {
+    "N": 8,
+    "M": 20,
+    "depths": (1, 2, 3, 1),
+    "Z": 12,
+    "context_width": 16,
+    "transform_width": 24,
+}
 
 
 @pytest.fixture(autouse=True)
 def hostile_environment():
     """Seed all generators; PyTorch fills new tensors with NaN, or the largest integer."""
-    random.seed(0)
-    np.random.seed(0)  # noqa: NPY002 libraries draw from this one
-    torch.manual_seed(0)
+    seed_all(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def seed_all(seed):
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 libraries draw from this one
+    torch.manual_seed(seed)
+
+
+def tiny_model(name="mambavc", **sizes):
+    """A network of `TINY` sizes, or of those given, with tables, ready to code."""
+    model = models.build_model(name, **{**TINY, **sizes})
+    model.update()
+    return model.eval()
+
+
+def spread_model(seed=0, **sizes):
+    """A tiny network whose latents and scales spread over many values, as trained ones do."""
+    torch.manual_seed(seed)
+    model = models.build_model("mambavc", **{**TINY, **sizes})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(("g_a.", "h_a.")) and parameter.ndim == 4:
+                parameter *= 4
+            if name.startswith("cc_scale_transforms") and name.endswith("4.bias"):
+                parameter += torch.linspace(0, 8, len(parameter))
+            # Widths of z's tables differ.
+            if name == "entropy_bottleneck.matrices.0":
+                parameter += torch.linspace(-1, 1, len(parameter))[:, None, None]
+    model.update()
+    return model.eval()
+
+
+def save_checkpoint(model, path, name="mambavc"):
+    """Write the part of a training checkpoint that coding needs; return its path as text."""
+    state = {"model": name, "model_args": model.config, "state_dict": model.state_dict()}
+    torch.save(state, path)
+    return str(path)

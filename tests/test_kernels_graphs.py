@@ -70,10 +70,10 @@ def test_replayed_streams_are_the_eager_streams(exact):
     pictures = [torch.rand(1, 3, *size, device="cuda") for size in ((64, 128), (50, 100)) * 4]
     streams = [model.compress(x, exact=exact) for x in pictures]
     decoded = [model.decompress(**stream, exact=exact)["x_hat"] for stream in streams]
-    model.run_stage = Replay()
+    coder = models.Coder(model, exact=exact, graphs=True)
     for x, stream, x_hat in zip(pictures, streams, decoded, strict=True):
-        assert model.compress(x, exact=exact) == stream
-        assert torch.equal(model.decompress(**stream, exact=exact)["x_hat"], x_hat)
+        assert coder.compress(x) == stream
+        assert torch.equal(coder.decompress(**stream)["x_hat"], x_hat)
 
 
 def test_replay_goes_on_after_it_forgot():
@@ -85,9 +85,39 @@ def test_replay_goes_on_after_it_forgot():
         torch.testing.assert_close(replay(torch.mm, x, x), x @ x)
 
 
+def test_objects_share_no_graph():
+    """Not even those that are equal, nor one that lies where another was."""
+
+    class Scale:
+        def __init__(self, factor):
+            self.factor = torch.full((), float(factor), device="cuda")
+
+        def __eq__(self, other):
+            return True
+
+        def __hash__(self):
+            return 0
+
+        def apply(self, x):
+            return self.factor * x
+
+    replay = Replay()
+    x = torch.rand(3, device="cuda")
+    scales = [Scale(2), Scale(3)]
+    for _ in range(3):
+        for scale in scales:
+            torch.testing.assert_close(replay(scale.apply, x), scale.factor * x)
+    assert len(replay.graphs) == 2
+    scales[0].factor.fill_(5)  # a new value in the same memory
+    torch.testing.assert_close(replay(scales[0].apply, x), 5 * x)
+    for factor in range(10):
+        for _ in range(2):
+            torch.testing.assert_close(replay(Scale(factor).apply, x), factor * x)
+
+
 @torch.no_grad()
-def test_graph_outlives_caches():
-    """Masks of many other sizes push those of the first out of the cache; memory is then reused."""
+def test_graph_outlives_other_sizes():
+    """Whatever the block makes for other sizes does not use the memory of a graph."""
     block = SwinBlock(16, 8, window_size=4, shift=2).cuda()
     x = torch.rand(1, 32, 32, 16, device="cuda")
     expected = block(x)

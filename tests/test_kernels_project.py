@@ -1,4 +1,4 @@
-"""kernels/projection.py: the product and its gradients, whatever the map looks like in memory."""
+"""kernels/project.py: the product and its gradients, whatever the map looks like in memory."""
 
 import pytest
 import torch

@@ -1,6 +1,5 @@
-"""The public scan: choice of backend, checks of its arguments, precision."""
+"""The public scan: checks of its arguments, precision, agreement of the backends."""
 
-import logging
 import subprocess
 import sys
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 import kernels
-from kernels import scan as dispatch
 from kernels import selective_scan_2d
 
 CUDA = torch.cuda.is_available()
@@ -16,14 +14,6 @@ needs_numba = pytest.mark.skipif(
     kernels.available_backends("cpu")["cpu"] is not None, reason="needs Numba"
 )
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_numba)]
-
-
-@pytest.fixture(autouse=True)
-def fresh_choice(monkeypatch):
-    monkeypatch.delenv(dispatch.BACKEND_VARIABLE, raising=False)
-    dispatch._first_choice.cache_clear()
-    yield
-    dispatch._first_choice.cache_clear()
 
 
 def make_inputs(batch=1, height=3, width=4, dim=32, dstate=4, rank=2, dtype=torch.float32):
@@ -38,10 +28,6 @@ def make_inputs(batch=1, height=3, width=4, dim=32, dstate=4, rank=2, dtype=torc
         normal(4 * dim, dstate) * 0.1,
         normal(4 * dim),
     ]
-
-
-def without(monkeypatch, *missing):
-    monkeypatch.setattr(dispatch, "_is_installed", lambda package: package not in missing)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -100,77 +86,6 @@ def test_float64_maps_are_scanned_in_float64():
     torch.testing.assert_close(y, truth, rtol=1e-4, atol=1e-5)  # the parameters were rounded
 
 
-@needs_numba
-def test_auto_takes_the_compiled_backend_and_says_so_once(caplog):
-    inputs = make_inputs()
-    with caplog.at_level(logging.INFO, "mambavc"):
-        y = selective_scan_2d(*inputs)
-        selective_scan_2d(*inputs)
-    assert torch.equal(y, selective_scan_2d(*inputs, backend="cpu"))
-    assert [record.getMessage() for record in caplog.records] == [
-        "scan backend for cpu tensors: cpu"
-    ]
-
-
-def test_auto_falls_back_to_the_reference_and_says_why_once(monkeypatch, caplog):
-    without(monkeypatch, "numba")
-    inputs = make_inputs()
-    with caplog.at_level(logging.INFO, "mambavc"):
-        y = selective_scan_2d(*inputs)
-        selective_scan_2d(*inputs)
-    assert torch.equal(y, selective_scan_2d(*inputs, backend="reference"))
-    (record,) = caplog.records
-    assert record.levelno == logging.WARNING
-    assert "reference" in record.getMessage()
-    assert "pip install numba" in record.getMessage()
-
-
-@pytest.mark.parametrize(
-    ("backend", "missing", "message"),
-    [
-        ("cpu", ["numba"], "'cpu' cannot run: numba is not installed; run: pip install numba"),
-        pytest.param("triton", [], "cuda tensors only, got cpu"),
-        pytest.param("mamba_ssm", [], "cuda tensors only, got cpu"),
-    ],
-)
-def test_a_backend_asked_for_by_name_runs_or_raises(monkeypatch, backend, missing, message):
-    without(monkeypatch, *missing)
-    with pytest.raises(RuntimeError, match=message):
-        selective_scan_2d(*make_inputs(), backend=backend)
-
-
-def test_missing_cuda_packages_are_named_with_their_install_command(monkeypatch):
-    without(monkeypatch, "triton", "mamba_ssm")
-    reasons = kernels.available_backends("cuda")
-    assert "pip install triton" in reasons["triton"]
-    assert "requirements-cuda.txt" in reasons["mamba_ssm"]
-    assert reasons["reference"] is None
-
-
-def test_unknown_backend_lists_the_known():
-    known = "choose auto, triton, cpu, mamba_ssm, reference"
-    with pytest.raises(ValueError, match=f"'cuda'; {known}"):
-        selective_scan_2d(*make_inputs(), backend="cuda")
-
-
-def test_environment_variable_stands_for_auto_only(monkeypatch):
-    inputs = make_inputs()
-    expected = selective_scan_2d(*inputs, backend="reference")
-    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "reference")
-    assert torch.equal(selective_scan_2d(*inputs), expected)
-    monkeypatch.setenv(dispatch.BACKEND_VARIABLE, "fastest")
-    with pytest.raises(ValueError, match="'fastest'"):
-        selective_scan_2d(*inputs)
-    assert torch.equal(selective_scan_2d(*inputs, backend="reference"), expected)
-
-
-def test_available_backends_tells_what_runs_on_cpu_tensors():
-    backends = kernels.available_backends()
-    assert list(backends) == ["triton", "cpu", "mamba_ssm", "reference"]
-    assert backends["reference"] is None
-    assert "cuda" in backends["triton"]
-
-
 @pytest.mark.parametrize(
     ("index", "shape", "message"),
     [
@@ -191,9 +106,16 @@ def test_wrong_shapes_are_named(index, shape, message):
         selective_scan_2d(*inputs)
 
 
+@pytest.mark.parametrize("sizes", [{"rank": 0}, {"dstate": 0}], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rank_and_no_states_are_refused(backend, sizes):
+    with pytest.raises(ValueError, match="dt_rank and dstate must be at least 1, got"):
+        selective_scan_2d(*make_inputs(**sizes), backend=backend)
+
+
 def test_wrong_dtype_is_named():
     x, *parameters = make_inputs()
-    with pytest.raises(ValueError, match=r"x must be float32.*got torch.int64"):
+    with pytest.raises(ValueError, match=r"x must be one of float32.*got torch.int64"):
         selective_scan_2d(x.long(), *parameters)
 
 

@@ -15,8 +15,9 @@ from kernels import scan_reference as reference
 pytest.importorskip("numba", reason="needs Numba")
 
 from kernels import scan_cpu as cpu_scan
+from kernels.scan_reference import ScanInputs
 
-NAMES = ("x", "x_dbl", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds")
+NAMES = ScanInputs._fields
 
 # What the operator promises, forward and for every gradient. Low precision rounds only its inputs
 # and results: one half unit in the last of 8 or 11 bits, relative to the largest number.
@@ -47,20 +48,20 @@ def make_inputs(shape, dtype=torch.float32, bias=None):
     def normal(*size):
         return torch.randn(size, dtype=torch.float64)
 
-    inputs = [
+    inputs = ScanInputs(
         normal(batch, height, width, dim).to(dtype),
         normal(batch, height, width, 4, rank + 2 * dstate).to(dtype),
         (normal(4, dim, rank) * rank**-0.5).to(parameter),
         (normal(4, dim) - 3 if bias is None else torch.full((4, dim), bias)).to(parameter),
         (torch.arange(1, dstate + 1).log() + 0.1 * normal(4 * dim, dstate)).to(parameter),
         (1 + 0.1 * normal(4 * dim)).to(parameter),
-    ]
+    )
     return inputs, normal(batch, height, width, dim).to(dtype)
 
 
 def expected(inputs, dy):
-    inputs = [value.detach().double().requires_grad_() for value in inputs]
-    y = reference.scan_2d(*inputs)
+    inputs = ScanInputs(*(value.detach().double().requires_grad_() for value in inputs))
+    y = reference.scan_2d(inputs)
     return y.detach(), torch.autograd.grad(y, inputs, dy.double())
 
 
@@ -71,10 +72,10 @@ def error(result, truth):
 
 def assert_matches(inputs, dy, tolerance, gradient_tolerance):
     y_truth, truths = expected(inputs, dy)
-    y = cpu_scan.scan_2d_forward(*inputs)
+    y = cpu_scan.scan_2d_forward(inputs)
     assert y.dtype == inputs[0].dtype
     assert error(y, y_truth) <= tolerance
-    gradients = cpu_scan.scan_2d_backward(dy, *inputs)
+    gradients = cpu_scan.scan_2d_backward(dy, inputs)
     for name, value, gradient, truth in zip(NAMES, inputs, gradients, truths, strict=True):
         assert (gradient.shape, gradient.dtype) == (value.shape, value.dtype), name
         assert error(gradient, truth) <= gradient_tolerance, name
@@ -102,30 +103,30 @@ def test_small_and_large_steps_match(bias, dtype):
 def test_small_steps_keep_their_relative_precision(dtype):
     # Without the D term the result is proportional to delta, about e^-60.
     inputs, _ = make_inputs((1, 3, 6, 64, 16, 4), dtype, bias=-60.0)
-    inputs[5].zero_()
-    truth = reference.scan_2d(*(value.double() for value in inputs))
+    inputs.Ds.zero_()
+    truth = reference.scan_2d(ScanInputs(*(value.double() for value in inputs)))
     assert truth.abs().max() < 1e-22
     # Rounding z = -60 by half a unit in the last place changes e^z by 60 times that.
     tolerance = 60 * 4 * torch.finfo(dtype).eps
-    assert error(cpu_scan.scan_2d_forward(*inputs), truth) <= tolerance
+    assert error(cpu_scan.scan_2d_forward(inputs), truth) <= tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_zero_steps_leave_only_the_skip(dtype):
     inputs, _ = make_inputs((1, 3, 6, 64, 16, 4), dtype, bias=-float("inf"))
-    y = cpu_scan.scan_2d_forward(*inputs)
-    skip = inputs[0] * inputs[5].view(4, -1).sum(0)
+    y = cpu_scan.scan_2d_forward(inputs)
+    skip = inputs.x * inputs.Ds.view(4, -1).sum(0)
     torch.testing.assert_close(y, skip)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_huge_steps_forget_the_past_exactly(dtype):
     inputs, dy = make_inputs((1, 3, 6, 64, 16, 4), dtype, bias=1e6)
-    inputs[4].fill_(0.0)
+    inputs.A_logs.fill_(0.0)
     assert_matches(inputs, dy, *TOLERANCE[dtype])
-    before = cpu_scan.scan_2d_forward(*inputs)
-    inputs[0][:, 0, 0] += 1e3
-    after = cpu_scan.scan_2d_forward(*inputs)
+    before = cpu_scan.scan_2d_forward(inputs)
+    inputs.x[:, 0, 0] += 1e3
+    after = cpu_scan.scan_2d_forward(inputs)
     assert torch.equal(before[:, 1:], after[:, 1:])
     assert torch.equal(before[:, 0, 1:], after[:, 0, 1:])
 
@@ -133,8 +134,8 @@ def test_huge_steps_forget_the_past_exactly(dtype):
 @pytest.mark.parametrize("name", NAMES)
 def test_nan_is_not_lost(name):
     inputs, _ = make_inputs((1, 2, 3, 64, 4, 4))
-    inputs[NAMES.index(name)].flatten()[0] = float("nan")
-    assert cpu_scan.scan_2d_forward(*inputs).isnan().any()
+    getattr(inputs, name).flatten()[0] = float("nan")
+    assert cpu_scan.scan_2d_forward(inputs).isnan().any()
 
 
 def test_gradients_match_differences():
@@ -144,11 +145,11 @@ def test_gradients_match_differences():
         @staticmethod
         def forward(ctx, *inputs):
             ctx.save_for_backward(*inputs)
-            return cpu_scan.scan_2d_forward(*inputs)
+            return cpu_scan.scan_2d_forward(ScanInputs(*inputs))
 
         @staticmethod
         def backward(ctx, dy):
-            return cpu_scan.scan_2d_backward(dy, *ctx.saved_tensors)
+            return cpu_scan.scan_2d_backward(dy, ScanInputs(*ctx.saved_tensors))
 
     assert torch.autograd.gradcheck(Scan.apply, [value.requires_grad_() for value in inputs])
 
@@ -161,7 +162,7 @@ def threads():
 
 
 def run(inputs, dy):
-    return cpu_scan.scan_2d_forward(*inputs), *cpu_scan.scan_2d_backward(dy, *inputs)
+    return cpu_scan.scan_2d_forward(inputs), *cpu_scan.scan_2d_backward(dy, inputs)
 
 
 def test_results_do_not_depend_on_threads(threads, monkeypatch):
@@ -197,7 +198,7 @@ def test_runs_where_no_cache_can_be_written(tmp_path):
     environment.pop("NUMBA_CACHE_DIR", None)
     environment["PYTHONPATH"] = str(Path(cpu_scan.__file__).parent.parent)
     result = subprocess.run(
-        [sys.executable, "-c", "import cpu_scan; assert cpu_scan._pixel(1, 1, 2, 3) == 3"],
+        [sys.executable, "-c", "import scan_cpu; assert scan_cpu._pixel(1, 1, 2, 3) == 3"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
@@ -205,3 +206,22 @@ def test_runs_where_no_cache_can_be_written(tmp_path):
         check=False,
     )
     assert result.returncode == 0, result.stderr
+
+
+def test_compiled_code_is_not_taken_from_the_cache_when_the_vectors_have_changed(tmp_path):
+    folder = tmp_path / "kernels"
+    shutil.copytree(
+        Path(cpu_scan.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__")
+    )
+    vectors = folder / "scan_cpu_vectors.py"
+
+    def cached() -> set[str]:
+        program = "from kernels import scan_cpu; assert scan_cpu._pixel(1, 1, 2, 3) == 3"
+        environment = {k: v for k, v in os.environ.items() if k != "NUMBA_CACHE_DIR"}
+        subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True)
+        return {path.name for path in folder.glob("__pycache__/*.nbi")}
+
+    first = cached()
+    assert first and cached() == first
+    vectors.write_text(vectors.read_text() + "# changed\n")
+    assert cached() > first

@@ -1,4 +1,4 @@
-"""kernels/threads.py: each job runs once, whoever runs it, and errors come back."""
+"""kernels/scan_cpu_threads.py: each job runs once, whoever runs it, and errors come back."""
 
 import os
 import signal

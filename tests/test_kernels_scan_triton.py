@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kernels import scan_reference as reference
+from kernels.scan_reference import ScanInputs
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -61,13 +62,14 @@ def make_inputs(shape, dtype=torch.float32):
     bias = normal(4, dim) - 3  # delta of about 0.05, as after initialisation
     A_logs = torch.arange(1, dstate + 1, device=DEVICE).log() + 0.1 * normal(4 * dim, dstate)
     dt_projs_weight = normal(4, dim, rank) * rank**-0.5
-    inputs = [x, x_dbl, dt_projs_weight, bias, A_logs.to(parameter), normal(4 * dim)]
+    A_logs = A_logs.to(parameter)
+    inputs = ScanInputs(x, x_dbl, dt_projs_weight, bias, A_logs, normal(4 * dim))
     return inputs, normal(batch, height, width, dim, dtype=dtype)
 
 
 def expected(inputs, dy):
-    inputs = [value.double().requires_grad_() for value in inputs]
-    y = reference.scan_2d(*inputs)
+    inputs = ScanInputs(*(value.double().requires_grad_() for value in inputs))
+    y = reference.scan_2d(inputs)
     return y.detach(), torch.autograd.grad(y, inputs, dy.double())
 
 
@@ -78,12 +80,13 @@ def error(result, truth):
 def check(scan, inputs, dy):
     y, gradients = expected(inputs, dy)
     forward_tolerance, gradient_tolerance = TOLERANCE[dy.dtype]
-    result = scan.scan_2d_forward(*inputs)
+    result = scan.scan_2d_forward(inputs)
     assert result.dtype == dy.dtype and result.shape == dy.shape
     assert error(result, y) < forward_tolerance
-    results = scan.scan_2d_backward(dy, *inputs)
-    names = ["x", "x_dbl", "dt_projs_weight", "dt_projs_bias", "A_logs", "Ds"]
-    for name, value, gradient, truth in zip(names, inputs, results, gradients, strict=True):
+    results = scan.scan_2d_backward(dy, inputs)
+    for name, value, gradient, truth in zip(
+        ScanInputs._fields, inputs, results, gradients, strict=True
+    ):
         assert gradient.shape == value.shape and gradient.dtype == value.dtype, name
         assert error(gradient, truth) < gradient_tolerance, name
 
@@ -109,8 +112,10 @@ def test_dtypes(scan, dtype):
 def test_extreme_delta(scan, bias):
     """Delta of zero, of 1e-8 (its gradients need log1p's accuracy) and so large that all decays."""
     inputs, dy = make_inputs((1, 2, 3, 32, 4))
-    inputs[2] = 0.1 * inputs[2]
-    inputs[3] = torch.full_like(inputs[3], bias)
+    inputs = inputs._replace(
+        dt_projs_weight=0.1 * inputs.dt_projs_weight,
+        dt_projs_bias=torch.full_like(inputs.dt_projs_bias, bias),
+    )
     check(scan, inputs, dy)
 
 
@@ -119,9 +124,9 @@ def test_same_bits_each_time():
     from kernels import scan_triton as scan
 
     inputs, dy = make_inputs((2, 61, 67, 512, 16))
-    first = scan.scan_2d_forward(*inputs), *scan.scan_2d_backward(dy, *inputs)
+    first = scan.scan_2d_forward(inputs), *scan.scan_2d_backward(dy, inputs)
     for _ in range(5):
-        again = scan.scan_2d_forward(*inputs), *scan.scan_2d_backward(dy, *inputs)
+        again = scan.scan_2d_forward(inputs), *scan.scan_2d_backward(dy, inputs)
         assert all(map(torch.equal, first, again))
 
 
@@ -140,10 +145,10 @@ def test_large_picture():
     from kernels import scan_triton as triton_scan
 
     inputs, dy = make_inputs((1, 1024, 1024, 32, 16))
-    whole = triton_scan.scan_2d_forward(*inputs)
-    double = [value.double() for value in inputs]
-    assert error(whole, triton_scan.scan_2d_forward(*double)) < 1e-5
-    results = triton_scan.scan_2d_backward(dy, *inputs)
-    truths = triton_scan.scan_2d_backward(dy.double(), *double)
+    whole = triton_scan.scan_2d_forward(inputs)
+    double = ScanInputs(*(value.double() for value in inputs))
+    assert error(whole, triton_scan.scan_2d_forward(double)) < 1e-5
+    results = triton_scan.scan_2d_backward(dy, inputs)
+    truths = triton_scan.scan_2d_backward(dy.double(), double)
     for result, truth in zip(results, truths, strict=True):
         assert error(result, truth) < 1e-4

@@ -1,11 +1,14 @@
 """Layers against direct formulas."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import kernels
-from layers import SS2D, SwinAttentionBlock, SwinBlock, VSSBlock, WindowAttention
+from layers import SS2D, DropPath, SwinAttentionBlock, SwinBlock, VSSBlock, WindowAttention
 
 
 def naive_window_attention(layer: WindowAttention, x: torch.Tensor) -> torch.Tensor:
@@ -32,7 +35,7 @@ def naive_window_attention(layer: WindowAttention, x: torch.Tensor) -> torch.Ten
 
 
 @pytest.mark.parametrize("shift", [0, 2])
-@pytest.mark.parametrize("size", [(8, 8), (1, 1), (5, 9)], ids=str)
+@pytest.mark.parametrize("size", [(8, 8), (1, 1), (5, 9), (12, 3)], ids=str)
 def test_window_attention_matches_a_direct_sum(size, shift):
     layer = WindowAttention(8, head_dim=4, window_size=4, shift=shift).double()
     torch.nn.init.normal_(layer.relative_position_params)
@@ -68,6 +71,27 @@ def test_ss2d_starts_with_mambas_step_sizes():
     assert delta.min() >= 1e-3 * (1 - 1e-4)
     assert delta.max() <= 1e-1 * (1 + 1e-4)
     assert delta.log().std() > 1
+
+
+def test_drop_path_draws_the_numbers_that_checkpoints_were_trained_with():
+    """Of timm's layer: a number for each sample, in the dtype of the map, from its generator."""
+    x = torch.randn(64, 2, 3)
+    layer = DropPath(0.25)
+    torch.manual_seed(7)
+    y = layer(x)
+    torch.manual_seed(7)
+    kept = torch.empty(64, 1, 1).bernoulli_(0.75)
+    assert torch.equal(y, x * (kept / 0.75))
+    assert 0 < kept.sum() < 64
+    assert layer.eval()(x) is x
+    assert DropPath(0.0).train()(x) is x
+    with pytest.raises(ValueError, match="below 1, got 1"):
+        DropPath(1)
+
+
+def test_importing_the_layers_does_not_load_timm():
+    program = "import sys, layers; sys.exit('timm' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_vss_block_is_a_residual_and_drops_it_in_training():

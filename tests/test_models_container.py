@@ -1,16 +1,14 @@
 """The `.mvc` file: what is written is what is read, and nothing else is read."""
 
-import copy
 import dataclasses
 import struct
 import zlib
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import build_model, container
+from models import container
 from models.container import BitstreamError, Stream, pack, unpack
 
 KODAK = Stream(
@@ -154,64 +152,3 @@ def test_smallest_and_largest_pictures_are_accepted():
 def test_what_could_not_be_read_is_not_written(change):
     with pytest.raises(ValueError, match=r"fingerprint|guard|pixels"):
         pack(dataclasses.replace(KODAK, **change))
-
-
-@pytest.fixture(scope="module")
-def model():
-    sizes = {"N": 8, "M": 20, "depths": (1, 1, 1, 1), "Z": 8}
-    model = build_model("mambavc", **sizes, context_width=16, transform_width=16)
-    model.update()
-    return model
-
-
-def test_fingerprint_is_of_the_values_not_of_how_they_are_stored(model):
-    first = container.fingerprint(model)
-    assert len(first) == 4
-    half = copy.deepcopy(model).half().float()
-    stored_in_half = copy.deepcopy(half).half()
-    assert container.fingerprint(stored_in_half) == container.fingerprint(half) != first
-    assert container.fingerprint(copy.deepcopy(model).double()) == first
-    assert container.fingerprint(model.train()) == first
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "g_s.0.weight",
-        "h_scale_s.0.bias",
-        "lrp_transforms.4.4.weight",
-        "entropy_bottleneck.quantiles",
-        "entropy_bottleneck._quantized_cdf",
-        "gaussian_conditional._offset",
-        "gaussian_conditional.scale_table",
-    ],
-)
-def test_fingerprint_covers_all_that_decoding_depends_on(model, name):
-    other = copy.deepcopy(model)
-    state = other.state_dict()
-    state[name][(0,) * state[name].ndim] += 1
-    assert container.fingerprint(other) != container.fingerprint(model)
-
-
-def test_fingerprint_leaves_the_encoder_free(model):
-    """A better g_a writes files for the decoders that are out there."""
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        other.g_a[0].weight += 1
-        other.h_a[0].weight += 1
-    assert container.fingerprint(other) == container.fingerprint(model)
-
-
-def test_picture_of_another_model_is_refused_by_name():
-    data = pack(KODAK)
-    with pytest.raises(BitstreamError, match=r"made by model 01020304, this .* 000000ff"):
-        container.unpack_picture(data, b"\x00\x00\x00\xff")
-    arguments = container.unpack_picture(data, KODAK.fingerprint)
-    assert arguments == {
-        "strings": [[KODAK.y], [KODAK.z]],
-        "shape": (8, 12),
-        "size": (512, 768),
-        "guards": [KODAK.guards],
-        "crcs": [KODAK.crc],
-    }
-    assert container.pack_picture(arguments, KODAK.fingerprint, exact=True) == data

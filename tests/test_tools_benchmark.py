@@ -1,12 +1,13 @@
-"""benchmark.py: what it records, and that it gives no time to a wrong result."""
+"""What the benchmark records, and that it gives no time to a wrong result."""
 
 import json
-import os
 
 import pytest
 import torch
+from conftest import tiny_model
 
 import kernels
+from kernels.backends import choose_scan
 from tools import benchmark
 
 CPU = torch.device("cpu")
@@ -34,15 +35,79 @@ def test_a_backend_with_wrong_gradients_is_not_measured(monkeypatch):
     assert benchmark.usable_backends(CPU) == ["reference"]
 
 
+TINY_FLAGS = ["--N", "8", "--M", "20", "--size", "64", "64", "--seconds", "0.01"]
+# What each group does: maps are 32x32 at most, with 16 channels, the scan's with 32.
+WORK = {
+    "operator": [f"scan 1x32x32x32 {work}" for work in ("forward", "backward", "fwd+bwd")],
+    "block": [f"SS2D 16 1x32x32 {work}" for work in ("forward", "backward", "fwd+bwd")],
+    "network": ["forward 64x64"],
+    "scaling": ["forward 64x64"],
+    "training": ["step 2x64x64 float32"],
+    "codec": [
+        f"{work} 64x64 {mode}" for mode in ("exact", "fast") for work in ("compress", "decompress")
+    ],
+    "variants": [f"{work} 64x64" for work in ("forward", "encode", "decode", "step")],
+}
+
+
+@pytest.mark.parametrize("group", benchmark.GROUPS)
+def test_every_group_runs_whole(tmp_path, group):
+    """All its work is measured, by the backends and networks that it is for, with its memory."""
+    file = tmp_path / "b.json"
+    benchmark.main(
+        ["--only", group, *TINY_FLAGS, "--batch-size", "2", "--json", str(file)]
+    )  # fmt: skip
+    records = json.loads(file.read_text())["records"]
+    assert not any("error" in record for record in records)
+    backends = ["cpu", "reference"] if group in ("operator", "block", "scaling") else ["cpu"]
+    nets = {"operator": [None], "block": [None], "variants": ["mambavc", "convvc", "swinvc"]}
+    assert [(r.get("model"), r["backend"], r["name"]) for r in records] == [
+        (net, backend, name)
+        for net in nets.get(group, ["mambavc"]) for backend in backends for name in WORK[group]
+    ]  # fmt: skip
+    for record in records:
+        assert record["group"] == group
+        assert 0 < record["p20_ms"] <= record["median_ms"] <= record["p80_ms"]
+        if benchmark.reset_peak(CPU) is not None:
+            assert 0 <= record["peak_mib"] < record["total_mib"]
+
+
+def test_any_network_is_measured_at_any_size(tmp_path):
+    file = tmp_path / "b.json"
+    flags = ["--only", "network", "--models", "mambavc-light", "convvc", *TINY_FLAGS]
+    benchmark.main([*flags, "--size", "64", "128", "--json", str(file)])
+    records = json.loads(file.read_text())["records"]
+    assert [(record["model"], record["name"]) for record in records] == [
+        ("mambavc-light", "forward 64x128"),
+        ("convvc", "forward 64x128"),
+    ]
+
+
+def test_scaling_fits_the_exponent_of_time(monkeypatch, capsys):
+    bench = benchmark.Bench(CPU, 0.01)
+
+    def run(group, name, backend, function, *, pixels, **extra):
+        return 5 * pixels**0.9
+
+    monkeypatch.setattr(bench, "run", run)
+    sizes = [(64, 64), (64, 128), (128, 128)]
+    benchmark.bench_scaling(bench, ["cpu"], "convvc", lambda: tiny_model("convvc"), sizes)
+    (record,) = bench.records
+    assert record["value"] == pytest.approx(0.9)
+    assert "pixels to the power of 0.900" in capsys.readouterr().out
+
+
 def test_networks_run_on_a_backend_that_passed(monkeypatch):
     used = []
     monkeypatch.setattr(benchmark, "usable_backends", lambda device: ["reference"])
     monkeypatch.setattr(
-        benchmark,
-        "bench_network",
-        lambda bench, backend: used.append((backend, os.environ["MAMBAVC_SCAN_BACKEND"])),
+        benchmark.Bench,
+        "run",
+        lambda self, group, name, backend, function, **extra: used.append(
+            (backend, choose_scan("auto", "cpu"))
+        ),
     )
-    benchmark.main(["--only", "network"])
+    benchmark.main(["--only", "network", *TINY_FLAGS])
     assert used == [("reference", "reference")]
 
 
@@ -56,6 +121,20 @@ def test_a_failure_is_recorded_without_a_time():
     assert bench.records == [
         {"group": "operator", "name": "scan", "backend": "cpu", "error": "no room"}
     ]
+
+
+def test_memory_is_that_of_the_measured_function():
+    """256 MiB that are held for a moment show up once, and are forgotten by the next."""
+    if benchmark.reset_peak(CPU) is None:
+        pytest.skip("this system does not tell the peak of a process's memory")
+    bench = benchmark.Bench(CPU, 0.01)
+    bench.run("operator", "large", "cpu", lambda: torch.ones(2**26).sum())
+    bench.run("operator", "small", "cpu", lambda: None)
+    large, small = bench.records
+    # Something else may be returned to the system meanwhile.
+    assert large["peak_mib"] > 0.9 * 256
+    assert small["peak_mib"] < 0.1 * 256
+    assert large["total_mib"] - small["total_mib"] > 0.8 * 256
 
 
 def test_gradients_are_measured_apart_and_together():
@@ -82,19 +161,16 @@ def test_ratios_to_floor_and_peers(capsys):
     assert capsys.readouterr().out == "scan: a; b takes 3.0 times as long; 50% of the floor\n"
 
 
-def test_records_are_written_with_the_machine(tmp_path, monkeypatch, capsys):
-    def no_room(bench, backends):
+def test_what_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
+    def no_room(*args):
         raise RuntimeError("no room")
 
     monkeypatch.setattr(benchmark, "bench_block", no_room)
-    monkeypatch.setattr(
-        benchmark, "bench_codec", lambda bench, backend: bench.run("codec", "made-up", backend, int)
-    )
     file = tmp_path / "b.json"
-    benchmark.main(["--only", "block", "codec", "--seconds", "0.01", "--json", str(file)])
+    benchmark.main(["--only", "block", "network", *TINY_FLAGS, "--json", str(file)])
     content = json.loads(file.read_text())
     assert content["machine"]["device"] == "CPU"
     assert content["machine"]["torch"] == str(torch.__version__)
     assert content["records"][0] == {"group": "block", "name": "rest", "error": "no room"}
-    assert (content["records"][1]["name"], content["records"][1]["backend"]) == ("made-up", "cpu")
-    assert "made-up" in capsys.readouterr().out
+    assert content["records"][1]["name"] == "forward 64x64"
+    assert "block     the rest failed: no room" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Counted operations against closed formulas and PyTorch's counter; measurements; the script."""
+"""Counted operations against closed formulas and PyTorch's counter; the program."""
 
 import functools
 import json
@@ -6,29 +6,22 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from conftest import TINY, save_checkpoint, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import models
-from layers import VSSBlock
+from layers import SS2D, VSSBlock
 from models.variants import HEAD_DIM
 from tools import complexity
 from utils import UsageError
 
-TINY = {
-    "N": 16,
-    "M": 16,
-    "depths": (1, 2, 1, 1),
-    "num_slices": 2,
-    "Z": 8,
-    "context_width": 16,
-    "transform_width": 16,
-}
+ROOT = Path(complexity.__file__).parent.parent
 ALL = ["mambavc", "convvc", "swinvc"]
 
 
@@ -88,15 +81,17 @@ def test_transforms_have_the_macs_of_the_closed_formula(name, size):
 
 
 def test_context_has_the_macs_of_the_closed_formula():
-    M, W, T = 16, 16, 16
+    config = models.build_model("mambavc", **TINY).config
+    M, W, T = config["M"], config["context_width"], config["transform_width"]
+    S = M // config["num_slices"]
     expected = 0
-    for i in range(2):
-        width = M + 8 * i
+    for i in range(config["num_slices"]):
+        width = M + S * min(i, config["max_support_slices"])
         unit = W * W // 2 + 9 * W * W // 4 + W // 2 * W  # 1x1, 3x3, 1x1 at half the width
         swin = 2 * (12 * W * W + 2 * 64 * W)
         attention = width * W + swin + 6 * unit + W * W + W * width
-        expected += 2 * attention + 2 * 9 * (width * T + T * W + W * 8)
-        expected += 9 * ((width + 8) * T + T * W + W * 8)
+        expected += 2 * attention + 2 * 9 * (width * T + T * W + W * S)
+        expected += 9 * ((width + S) * T + T * W + W * S)
     pixels = 128 * 128 // 16**2
     parts = counted("mambavc", 128, 128)["parts"]
     assert parts["context"]["macs"] == pixels * expected
@@ -122,10 +117,13 @@ def test_macs_are_those_of_pytorchs_counter(name):
 
 def test_scan_is_counted():
     scan = counted("mambavc", 128, 128)["scan"]
-    maps = [(64, 2), (32, 4), (16, 2), (4, 3)]  # side, blocks; the hyperprior has three of them
-    assert scan["macs"] == sum(count * scan_macs(side**2, 32) for side, count in maps)
+    L1, L2, L3, L4 = TINY["depths"]
+    # Side and blocks of the maps: g_a and g_s have three of them, the hyperprior's three parts one.
+    maps = [(64, 2 * L1), (32, 2 * L2), (16, 2 * L3), (4, 3 * L4)]
+    C = 2 * TINY["N"]
+    assert scan["macs"] == sum(count * scan_macs(side**2, C) for side, count in maps)
     # Two FLOPs for each, three more per state, and bias, softplus and delta x.
-    channels = sum(count * 4 * side**2 * 64 for side, count in maps)
+    channels = sum(count * 4 * side**2 * 2 * C for side, count in maps)
     assert scan["flops"] == 2 * scan["macs"] + channels * (3 * 16 + 3)
     assert counted("convvc", 128, 128)["scan"]["macs"] == 0
 
@@ -137,18 +135,33 @@ def test_parts_sum_to_the_total():
     assert all(part["parameters"] > 0 for part in own["parts"].values())
 
 
-@pytest.mark.parametrize(
-    ("name", "parameters", "macs"),
-    [
-        ("mambavc", 53_301_187, 446_686_334_976),
-        ("convvc", 72_896_451, 799_162_404_864),
-        ("swinvc", 60_461_251, 581_301_866_496),
-    ],
-)
-def test_totals_of_the_full_networks_at_512x768(name, parameters, macs):
+def test_the_command_counts_the_full_networks_at_512x768(capsys):
     """The paper's ratios follow: -44 % against the CNN, -23 % against the Swin variant."""
-    own = complexity.count(models.build_model(name), 512, 768)
-    assert (own["parameters"], own["macs"]) == (parameters, macs)
+    complexity.main([])
+    assert capsys.readouterr().out.splitlines()[-3:] == [
+        "mambavc 512x768: 446.7 GMACs, 959.9 GFLOPs, 53.30 M parameters, "
+        "scan included (60.7 GMACs)",
+        "convvc 512x768: 799.2 GMACs, 1599.0 GFLOPs, 72.90 M parameters; mambavc -44.1 % MACs",
+        "swinvc 512x768: 581.3 GMACs, 1165.3 GFLOPs, 60.46 M parameters; mambavc -23.2 % MACs",
+    ]
+
+
+def test_layers_alone_have_the_number_that_other_papers_list():
+    """47.88 M: convolutions, linear layers and norms, without parameters that are in no layer."""
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.Linear, nn.LayerNorm)
+    model = models.build_model("mambavc")
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
+    assert sum(p.numel() for layer in layers for p in layer.parameters()) == 47_879_523
+    scans = [module for module in model.modules() if isinstance(module, SS2D)]
+    assert sum(p.numel() for scan in scans for p in scan.scan_parameters()) == 5_373_952
+    assert sum(p.numel() for p in model.parameters()) == 53_301_187
+
+
+def test_the_kept_counts_are_those_of_the_code():
+    kept = json.loads((ROOT / "results" / "complexity.json").read_text())["rows"]
+    (row,) = (r for r in kept if (r["model"], r["height"], r["width"]) == ("mambavc", 512, 768))
+    own = complexity.count(models.build_model("mambavc"), 512, 768)
+    assert {key: row[key] for key in own} == own
 
 
 def test_a_picture_counts_as_what_it_is_padded_to():
@@ -158,7 +171,7 @@ def test_a_picture_counts_as_what_it_is_padded_to():
 def test_counting_leaves_model_and_functions_as_they_were():
     model = models.build_model("mambavc", **TINY).train()
     linear, keys = F.linear, set(vars(model.g_a[0]))
-    complexity.count(model, 128, 128)  # shifted windows have masks, which are cached
+    complexity.count(model, 128, 128)
     assert F.linear is linear
     assert model.training
     assert set(vars(model.g_a[0])) == keys
@@ -168,81 +181,50 @@ def test_counting_leaves_model_and_functions_as_they_were():
     assert model.decompress(**model.compress(torch.rand(1, 3, 128, 128)))["x_hat"].isfinite().all()
 
 
-def test_every_operation_is_measured():
-    model = models.build_model("convvc", **TINY)
-    model.update()
-    device = torch.device("cpu")
-    results = complexity.measure_all(model, 64, 64, complexity.OPERATIONS, device, repeats=2)
-    assert list(results) == list(complexity.OPERATIONS)
-    for result in results.values():
-        assert 0 < result["seconds_20"] <= result["seconds"] <= result["seconds_80"]
-    assert all(p.grad is None for p in model.parameters())
-
-
-@pytest.mark.skipif(
-    not complexity.CLEAR_REFS.exists(), reason="peak memory is read from Linux's /proc"
-)
-def test_peak_memory_is_that_of_the_measured_function():
-    """256 MiB that are held for a moment show up once, and are forgotten by the next."""
-    size = 2**28
-    device = torch.device("cpu")
-    large = complexity.measure(lambda: torch.ones(size // 4).sum(), device, 1)["peak_bytes"]
-    small = complexity.measure(lambda: None, device, 1)["peak_bytes"]
-    assert large - small > 0.9 * size
-
-
-def test_an_operation_that_does_not_fit_is_reported(monkeypatch):
-    def too_large(model, name, x, run_stage):
-        def run():
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-        return run if name == "step" else lambda: None
-
-    monkeypatch.setattr(complexity, "operation", too_large)
-    model = models.build_model("convvc", **TINY)
-    results = complexity.measure_all(model, 64, 64, ["step", "forward"], torch.device("cpu"), 1)
-    assert results["step"] is None
-    assert results["forward"] is not None
-    row = {"model": "convvc", "height": 64, "width": 64, "measured": results}
-    assert "out of memory" in complexity.format_measures([row])
-
-
-def test_script_writes_what_it_prints(tmp_path, capsys):
+def test_program_writes_what_it_prints(tmp_path, capsys):
     file = tmp_path / "complexity.json"
     complexity.main(
         ["--models", "convvc", "mambavc", "--N", "8", "--M", "20", "--size", "64", "64",
-         "--measure", "forward", "--repeats", "1", "--json", str(file)]
+         "--json", str(file)]
     )  # fmt: skip
-    content = json.loads(file.read_text())
-    first, second = content["rows"]
+    first, second = json.loads(file.read_text())["rows"]
     assert (first["model"], first["height"], first["width"]) == ("convvc", 64, 64)
-    assert first["measured"]["forward"]["seconds"] > 0
-    printed = capsys.readouterr().out
-    assert f"| mambavc | 64x64 | {second['parameters'] / 1e6:.2f} M" in printed
-    assert f"{100 * (first['macs'] / second['macs'] - 1):+.1f} %" in printed
-    assert "MACs" in printed and "FLOPs" in printed
+    for row, printed in zip(
+        (first, second), capsys.readouterr().out.splitlines()[-2:], strict=True
+    ):
+        assert printed.startswith(f"{row['model']} 64x64: {row['macs'] / 1e9:.1f} GMACs, ")
+        assert f"{row['flops'] / 1e9:.1f} GFLOPs, {row['parameters'] / 1e6:.2f} M" in printed
+    assert printed.endswith(f"convvc {100 * (first['macs'] / second['macs'] - 1):+.1f} % MACs")
 
 
-def test_sweep_is_drawn(tmp_path, capsys):
-    picture = tmp_path / "sweep.png"
-    sizes = ((64, 64), (128, 64), (512, 768))
-    with mock.patch.object(complexity, "SWEEP", sizes):
-        complexity.main(
-            ["--models", "convvc", "--N", "8", "--M", "20", "--sweep", "--measure",
-             "--plot", str(picture)]
-        )  # fmt: skip
-    assert picture.read_bytes().startswith(b"\x89PNG")
+def test_sweep_counts_every_size_up_to_4k(tmp_path):
+    file = tmp_path / "complexity.json"
+    complexity.main(["--models", "convvc", "--N", "8", "--M", "20", "--sweep", "--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    sizes = [(row["height"], row["width"]) for row in rows]
+    assert sizes == [(256, 256), (512, 768), (1024, 1024), (1408, 2048), (2160, 3840)]
+    # Convolutions cost the same for each pixel of what a picture is padded to.
+    per_pixel = {
+        row["macs"] / (64**2 * math.ceil(row["height"] / 64) * math.ceil(row["width"] / 64))
+        for row in rows[:-1]
+    }
+    assert max(per_pixel) == pytest.approx(min(per_pixel))
+
+
+def test_a_checkpoint_is_counted_as_its_network(tmp_path, capsys):
+    save_checkpoint(tiny_model("convvc"), tmp_path / "mine.pth.tar", "convvc")
+    complexity.main(["--models", str(tmp_path / "mine.pth.tar"), "--size", "128", "128"])
+    gmacs = counted("convvc", 128, 128)["macs"] / 1e9
+    assert f"mine.pth.tar 128x128: {gmacs:.1f} GMACs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "resnet"], "neither a model"),
+        (["--models", "resnet"], "neither a network"),
         (["--models", "swinvc", "--N", "24"], "cannot build swinvc"),
-        (["--size", "64", "64", "--sweep"], "exclude each other"),
-        (["--size", "64", "64", "--plot", "x.png"], "--plot draws"),
-        (["--sweep", "--plot", "nowhere/x.png"], "does not exist"),
-        (["--sweep", "--plot", "x.txt"], "ending must be one of"),
+        (["--models", "mambavc-light-0.0130", "--N", "24"], "for registered networks"),
+        (["--size", "64", "64", "--sweep"], "not allowed with"),
         (["--json", "nowhere/x.json"], "does not exist"),
     ],
 )
@@ -252,9 +234,8 @@ def test_bad_flags_are_one_line(arguments, message):
     assert HEAD_DIM == 32  # so that N=24 does not fit it
 
 
-def test_a_distribution_named_kernels_is_no_obstacle(tmp_path):
-    """With PyPI's `kernels` installed, calflops imports and `kernels` is still our folder."""
-    root = Path(complexity.__file__).parent
+def test_neither_transformers_nor_another_kernels_is_needed(tmp_path):
+    """Where PyPI's `kernels` is installed, transformers takes our folder of that name for it."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("raise ImportError('the other kernels')\n")
     info = tmp_path / "kernels-0.18.2.dist-info"
@@ -264,21 +245,13 @@ def test_a_distribution_named_kernels_is_no_obstacle(tmp_path):
         "import importlib.metadata, sys\n"
         f"sys.path.append({str(tmp_path)!r})\n"
         "assert importlib.metadata.version('kernels') == '0.18.2'\n"
-        "import complexity, kernels\n"
-        "assert importlib.metadata.version('kernels') == '0.18.2'\n"
+        "sys.modules['transformers'] = None\n"  # importing it fails
+        "from tools import complexity\n"
+        "import kernels\n"
+        "assert 'calflops' not in sys.modules, 'a package without its contents is left behind'\n"
         "print(kernels.__file__)\n"
     )
     command = [sys.executable, "-W", "ignore", "-c", code]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert Path(result.stdout.strip()).parent == root / "kernels"
-
-
-def test_imports_do_not_see_a_hidden_distribution():
-    import importlib.metadata
-
-    with complexity._without_distribution("numpy"):
-        with pytest.raises(importlib.metadata.PackageNotFoundError):
-            importlib.metadata.version("numpy")
-        assert importlib.metadata.version("torch")
-    assert importlib.metadata.version("numpy")
+    assert Path(result.stdout.strip()).parent == ROOT / "kernels"

@@ -8,23 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import TINY, save_checkpoint, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageColor
+from PIL import Image
 
 import models
+from models.checkpoint import load_model
 from tools.figures import architecture, plot, receptive_field, scaling, speed, style, visual
 from tools.figures.plot import PUBLISHED, Curve, bd_rate, load_curve
-from utils import UsageError
+from utils import UsageError, psnr, to_tensor
 
-TINY = {
-    "N": 8,
-    "M": 20,
-    "depths": (1, 1, 1, 1),
-    "Z": 8,
-    "context_width": 16,
-    "transform_width": 16,
-}
+ROOT = Path(plot.__file__).parents[2]
 
 
 def curve(bpp, psnr, name="c"):
@@ -35,6 +30,15 @@ def write_result(path, bpp, **columns):
     results = {"bpp": bpp, "psnr-rgb": [30 + 5 * b for b in bpp], **columns}
     path.write_text(json.dumps({"name": path.stem, "description": "", "results": results}))
     return str(path)
+
+
+def drawn_line(line):
+    return list(zip(*line.get_data(), strict=True))
+
+
+def drawn(axes):
+    """The points of the last line of each colour: (x, y) pairs."""
+    return {line.get_color(): drawn_line(line) for line in axes.lines}
 
 
 def picture_size(path):
@@ -113,8 +117,8 @@ def test_published_points_rise_and_name_their_source(path):
 
 
 def test_files_of_one_rate_each_join_to_a_curve(tmp_path):
-    low = write_result(tmp_path / "low.json", [0.2], encode_time=[1.0], decode_time=[2.0])
-    high = write_result(tmp_path / "high.json", [0.4], encode_time=[3.0])
+    low = write_result(tmp_path / "low.json", [0.2], encoding_time=[1.0], decoding_time=[2.0])
+    high = write_result(tmp_path / "high.json", [0.4], encode_time=[3.0])  # as eval.py once wrote
     joined = load_curve(f"{high},{low}")
     assert joined.name == "high"
     assert joined.bpp.tolist() == [0.2, 0.4]
@@ -153,24 +157,57 @@ def test_an_unknown_curve_is_refused_with_the_known_names():
 # Figures
 
 
-@pytest.mark.parametrize("panel", plot.PANELS)
-@pytest.mark.parametrize("points", [1, 2])
-def test_every_panel_is_drawn_with_ours(tmp_path, monkeypatch, panel, points):
-    for label in ("label_point", "label_lines"):  # names have their curve's colour
-        monkeypatch.setattr(style, label, lambda *args: None)
-    columns = {
-        "ms-ssim-rgb": [0.95, 0.98],
-        "encode_time": [0.5, 0.6],
-        "decode_time": [0.7, 0.8],
-    }
-    columns = {key: values[:points] for key, values in columns.items()}
-    ours = write_result(tmp_path / "ours.json", [0.3, 0.6][:points], **columns)
-    output = tmp_path / "rd.png"
-    plot.main(["elic", "--ours", ours, "--panels", panel, "--output", str(output)])
-    assert picture_size(output) == (1000, 800)
-    accent = ImageColor.getrgb(style.ACCENT)
-    colours = Image.open(output).convert("RGB").getcolors(2**24)
-    assert sum(count for count, colour in colours if colour == accent) > 50
+def named(figure_axes):
+    return {text.get_text(): text.get_color() for text in figure_axes.texts}
+
+
+OURS = Curve(
+    "ours",
+    np.array([0.3, 0.6]),
+    {"psnr": np.array([34.0, 37.0]), "ms-ssim": np.array([15.0, 19.0])},
+    {"encode-time": 0.5, "decode-time": 0.7},
+)
+ONE_POINT = Curve("ours", OURS.bpp[:1], {k: v[:1] for k, v in OURS.quality.items()}, OURS.seconds)
+
+
+@pytest.mark.parametrize("ours", [OURS, ONE_POINT], ids=["curve", "point"])
+@pytest.mark.parametrize("metric", ["psnr", "ms-ssim"])
+def test_quality_is_drawn_over_rate(metric, ours):
+    figure = plot.draw([ours], [load_curve("bpg")], load_curve("vtm"), [metric])
+    (axes,) = figure.axes
+    assert drawn(axes)[style.ACCENT] == list(zip(ours.bpp, ours.quality[metric], strict=True))
+    assert named(axes)["ours"] == style.ACCENT
+    assert {"BPG 4:4:4", "VTM 9.1"} <= named(axes).keys()
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("rate [bit per pixel]", plot.QUALITY[metric])
+
+
+def test_savings_are_relative_to_the_anchor():
+    anchor = load_curve("vtm")
+    half = Curve("ours", anchor.bpp / 2, anchor.quality, {})
+    (axes,) = plot.draw([half], [], anchor, ["saving"]).axes
+    shown = [
+        value
+        for bpp, value in zip(half.bpp, anchor.quality["psnr"], strict=True)
+        if 0.08 <= bpp <= 0.95
+    ]
+    points = drawn(axes)[style.ACCENT]
+    assert [x for x, _ in points] == pytest.approx(shown)
+    assert [y for _, y in points] == pytest.approx([50] * len(shown))
+    assert {y for _, y in drawn(axes)[style.MUTED]} == {0}
+
+
+@pytest.mark.parametrize("panel", ["encode-time", "decode-time"])
+def test_bd_rate_is_drawn_over_seconds(panel):
+    anchor = load_curve("vtm")
+    (axes,) = plot.draw([OURS], [load_curve("elic")], anchor, [panel]).axes  # elic has no times
+    assert drawn(axes) == {style.ACCENT: [(OURS.seconds[panel], bd_rate(anchor, OURS))]}
+    assert list(named(axes)) == ["ours"]
+
+
+def test_the_command_draws_what_was_asked_for(tmp_path):
+    ours, output = write_result(tmp_path / "ours.json", [0.3, 0.6]), tmp_path / "rd.png"
+    plot.main(["elic", "--ours", ours, "--panels", "psnr", "saving", "--output", str(output)])
+    assert picture_size(output) == (2000, 800)
 
 
 def test_a_panel_without_data_is_refused(tmp_path):
@@ -215,25 +252,61 @@ def test_labels_are_spread_in_order(positions, gap):
         assert moved == positions
 
 
-def test_measured_quantities_get_a_panel_each(tmp_path):
+def complexity_rows():
     part = {"parameters": 1, "macs": 10**9, "flops": 2 * 10**9}
-    measured = {
-        "forward": {"seconds": 0.1, "seconds_20": 0.1, "seconds_80": 0.1, "peak_bytes": 2**30}
-    }
-    rows = [
+    return [
         {
             "model": model, "height": height, "width": width, **part, "macs": height * width,
             "parts": dict.fromkeys(["g_a", "g_s", "h_a", "h_s", "context", "other"], part),
-            "measured": measured if height == 512 else {"forward": None},
+            "scan": part,
         }
-        for model in ("mambavc", "convvc") for height, width in ((512, 768), (1024, 1024))
+        for model in ("mambavc", "convvc") for height, width in ((1024, 1024), (512, 768))
     ]  # fmt: skip
-    file, output = tmp_path / "c.json", tmp_path / "c.png"
-    file.write_text(json.dumps({"device": "a GPU", "batch_size": 1, "rows": rows}))
-    scaling.main([str(file), "--output", str(output)])
-    # Bars, MACs, memory and time of the forward pass: two rows of two panels of 920x700, a footer.
-    # Versions of matplotlib differ in how they round inches to pixels.
-    assert picture_size(output) == pytest.approx((1840, 1450), abs=1)
+
+
+def variant(model, operation, height, width, **values):
+    name = f"{operation} {height}x{width}"
+    return {"group": "variants", "name": name, "backend": "cpu", "model": model, **values}
+
+
+MACHINE = {"device": "a GPU", "torch": "2", "matmul_precision": "highest"}
+
+
+def test_what_was_counted_and_measured_is_drawn(tmp_path):
+    records = [
+        variant(model, "forward", side, 1000, median_ms=factor * side, total_mib=1024 * factor)
+        for model, factor in (("mambavc", 2), ("convvc", 1)) for side in (2000, 1000)
+    ]  # fmt: skip
+    records += [variant("mambavc", "step", 1000, 1000, error="out of memory")]
+    records += [{**record, "group": "network"} for record in records]  # not of this figure
+    figure = scaling.draw(complexity_rows(), {"machine": MACHINE, "records": records})
+    bars, macs, memory, time = figure.axes
+    assert [text.get_text() for text in bars.get_yticklabels()] == ["MambaVC", "CNN variant"]
+    assert sorted(patch.get_width() for patch in bars.patches) == [1] * 6 + [2] * 2  # h_a and h_s
+    sizes = [512 * 768, 1024 * 1024]
+    assert drawn(macs)[style.ACCENT] == [(n / 1e6, pytest.approx(n / 1e12)) for n in sizes]
+    assert (memory.get_title("left"), memory.get_ylabel()) == ("memory, inference", "peak [GiB]")
+    assert drawn(memory)[style.ACCENT] == [(1, 2), (2, 2)]
+    assert (time.get_title("left"), time.get_ylabel()) == ("forward pass", "seconds")
+    assert drawn(time) == {style.ACCENT: [(1, 2), (2, 4)], style.OTHERS[0]: [(1, 1), (2, 2)]}
+    assert named(time) == {"MambaVC": style.ACCENT, "CNN variant": style.OTHERS[0]}
+    assert "a GPU, PyTorch's default flags" in figure.texts[0].get_text()
+
+
+def test_counts_alone_are_drawn_too(tmp_path):
+    assert len(scaling.draw(complexity_rows()).axes) == 2
+    assert len(scaling.draw(complexity_rows()[1::2]).axes) == 1, "one size makes no line"
+    with pytest.raises(UsageError, match="nothing to draw"):
+        scaling.draw(complexity_rows()[:1])
+
+
+def test_the_kept_measurements_fill_every_panel():
+    """Of those at 4K, a training step fits into the GPU's memory for the CNN variant only."""
+    rows = json.loads((ROOT / "results" / "complexity.json").read_text())["rows"]
+    content = json.loads((ROOT / "results" / "variants-h200.json").read_text())
+    figure = scaling.draw(rows, content)
+    points = [[len(line.get_xdata()) for line in axes.lines] for axes in figure.axes[1:]]
+    assert points == [[5, 5, 5], [5, 5, 5], [4, 5, 4], [5, 5, 5], [5, 5, 5], [5, 5, 5]]
 
 
 def test_speed_has_a_panel_for_each_quantity(tmp_path):
@@ -251,15 +324,26 @@ def test_speed_has_a_panel_for_each_quantity(tmp_path):
     assert found["mamba-ssm's scan"] == [(512 * 768 / 1e6, 1536), (1024 * 768 / 1e6, 3072)]
     assert len(found) == 3
     assert len(speed.lines(records, "peak_mib")) == 2
+    time, memory = speed.draw({"machine": MACHINE, "records": records}).axes
+    assert (time.get_ylabel(), memory.get_ylabel()) == ("ms", "GiB")
+    size = 768 / 1e6
+    assert [(line.get_linestyle(), *drawn_line(line)) for line in time.lines] == [
+        ("-", (512 * size, 512), (1024 * size, 1024)),
+        ("-", (512 * size, 1536), (1024 * size, 3072)),
+        ("--", (512 * size, 512), (1024 * size, 1024)),
+    ]
+    assert named(time)["ours, CUDA graph"] == style.ACCENT
+    assert drawn_line(memory.lines[0]) == [(512 * size, 0.5), (1024 * size, 1)]
     file, output = tmp_path / "b.json", tmp_path / "b.png"
-    file.write_text(json.dumps({"machine": {"device": "a GPU", "torch": "2"}, "records": records}))
+    file.write_text(json.dumps({"machine": MACHINE, "records": records}))
     speed.main([str(file), "--output", str(output)])
+    # Versions of matplotlib differ in how they round inches to pixels.
     assert picture_size(output) == pytest.approx((1840, 700), abs=1)
-    file.write_text(json.dumps({"machine": {"device": "a GPU", "torch": "2"}, "records": []}))
+    file.write_text(json.dumps({"machine": MACHINE, "records": []}))
     with pytest.raises(UsageError, match="nothing to draw"):
         speed.main([str(file), "--output", str(output)])
     file.write_text("[]")
-    with pytest.raises(UsageError, match=r"not a file that benchmark.py"):
+    with pytest.raises(UsageError, match=r"not a file that tools.benchmark"):
         speed.main([str(file), "--output", str(output)])
 
 
@@ -278,13 +362,8 @@ def test_a_file_that_is_no_complexity_is_refused(tmp_path, content):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
-    model = models.build_model("convvc", **TINY)
-    model.update()
-    path = tmp_path_factory.mktemp("checkpoint") / "convvc.pth.tar"
-    torch.save(
-        {"model": "convvc", "model_args": model.config, "state_dict": model.state_dict()}, path
-    )
-    return path
+    folder = tmp_path_factory.mktemp("checkpoint")
+    return save_checkpoint(tiny_model("convvc"), folder / "convvc.pth.tar", "convvc")
 
 
 @pytest.fixture(scope="module")
@@ -300,7 +379,7 @@ def pictures(tmp_path_factory):
 
 def test_receptive_field_of_convolutions_ends_where_they_end():
     """g_a of one block a stage: 5x5 at 1, then per stage two 3x3 in the block and a 3x3 onwards."""
-    model = models.build_model("convvc", **TINY).eval()
+    model = models.build_model("convvc", **{**TINY, "depths": (1, 1, 1, 1)}).eval()
     field = receptive_field.gradient(model, torch.rand(1, 3, 256, 256), "y")
     reach = 2 + 2 * (1 + 1 + 1) + 4 * (1 + 1 + 1) + 8 * (1 + 1 + 1)
     rows = field.sum(1).nonzero().flatten()
@@ -318,29 +397,35 @@ def test_sides_hold_their_share():
 def test_receptive_fields_are_drawn_and_redrawn(tmp_path, checkpoint, pictures, capsys):
     output, file = tmp_path / "erf.png", tmp_path / "erf.npz"
     receptive_field.main(
-        [str(checkpoint), "--data", str(pictures), "--size", "128",
+        [checkpoint, "--data", str(pictures), "--size", "128",
          "--output", str(output), "--save", str(file)]
     )  # fmt: skip
-    assert picture_size(output)[0] > 300
-    printed = capsys.readouterr().out
     output.unlink()
+    printed = capsys.readouterr().out
     receptive_field.main([str(file), "--output", str(output)])
-    assert picture_size(output)[0] > 300
+    assert output.exists()
     assert capsys.readouterr().out == printed
-    sides = receptive_field.sides(receptive_field.load(file)["convvc"])
+    fields = receptive_field.load(file)
+    sides = receptive_field.sides(fields["convvc"])
     assert 0 < sides[0.5] <= sides[0.9] <= sides[0.99] <= 128
     assert printed.startswith("convvc: 50% within ")
     assert f"99% within {sides[0.99]} px" in printed
+    axes = receptive_field.draw(fields).axes[0]
+    assert axes.get_title() == "CNN variant"
+    assert f"99%: {sides[0.99]} px" in axes.get_xlabel()
+    (image,) = axes.images
+    shown = np.maximum(fields["convvc"] / fields["convvc"].max(), receptive_field.FLOOR)
+    assert np.array_equal(image.get_array(), shown)
 
 
 def test_kept_receptive_fields_are_those_of_the_claims():
-    fields = receptive_field.load(Path(receptive_field.__file__).parent / "receptive_field.npz")
+    fields = receptive_field.load(ROOT / "results" / "receptive_field.npz")
     held = {name: receptive_field.sides(values)[0.99] for name, values in fields.items()}
     assert held == {"mambavc": 461, "convvc": 65, "swinvc": 169}
 
 
 def test_receptive_field_needs_large_enough_pictures(tmp_path, checkpoint, pictures):
-    arguments = [str(checkpoint), "--data", str(pictures), "--output", str(tmp_path / "x.png")]
+    arguments = [checkpoint, "--data", str(pictures), "--output", str(tmp_path / "x.png")]
     with pytest.raises(UsageError, match="smaller than --size 192"):
         receptive_field.main([*arguments, "--size", "192"])
 
@@ -403,17 +488,38 @@ def test_quality_is_the_best_that_fits(pictures, name):
 def test_comparison_is_drawn(tmp_path, checkpoint, pictures, capsys):
     output = tmp_path / "visual.png"
     visual.main(
-        ["--checkpoint", str(checkpoint), "--image", str(pictures / "0.png"),
+        ["--checkpoint", checkpoint, "--image", str(pictures / "0.png"),
          "--detail", "10", "20", "64", "--output", str(output)]
     )  # fmt: skip
     assert picture_size(output)[0] > 1000
     printed = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0] for line in printed] == ["Original", "CNN variant", "WebP", "JPEG"]
+    x = to_tensor(Image.open(pictures / "0.png"))[None]
+    coder = models.Coder(load_model(checkpoint))
+    stream = coder.encode(x)
+    bpp, db = 8 * len(stream) / (160 * 192), psnr(coder.decode(stream), x)
+    assert printed[1] == f"CNN variant: {bpp:.3f} bpp, {db:.2f} dB"
+
+
+def test_pictures_and_their_details_are_drawn():
+    images = [Image.new("RGB", (40, 30), colour) for colour in ("red", "green")]
+    images[1].paste("blue", (5, 10, 15, 20))
+    figure = visual.draw([("a\n1 bpp", images[0]), ("b\n2 bpp", images[1])], (5, 10, 10))
+    assert [text.get_text() for text in figure.texts] == ["a\n1 bpp", "b\n2 bpp"]
+    shown = [axes.images[0].get_array() for axes in figure.axes]
+    expected = [
+        images[0],
+        images[0].crop((5, 10, 15, 20)),
+        images[1],
+        images[1].crop((5, 10, 15, 20)),
+    ]
+    for array, image in zip(shown, expected, strict=True):
+        assert np.array_equal(array, np.asarray(image))
 
 
 def test_a_detail_outside_the_picture_is_refused(tmp_path, checkpoint, pictures):
     with pytest.raises(UsageError, match="192x160"):
         visual.main(
-            ["--checkpoint", str(checkpoint), "--image", str(pictures / "0.png"),
+            ["--checkpoint", checkpoint, "--image", str(pictures / "0.png"),
              "--detail", "150", "0", "64", "--output", str(tmp_path / "v.png")]
         )  # fmt: skip

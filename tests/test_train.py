@@ -16,11 +16,11 @@ import torch
 from compressai.losses import RateDistortionLoss
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from timm.layers import DropPath
 
 import models
 import train
 import utils
+from layers import DropPath
 from models import checkpoint as checkpoint_file
 from train import main
 from training import data as training_data

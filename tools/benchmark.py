@@ -1,8 +1,12 @@
-"""Time and memory of the scan, the SS2D block, the network and the codec on this machine.
+"""Time and memory of the scan, the SS2D block, the networks and the codec on this machine.
 
-Every backend that can run here is measured side by side in one run, after a check against the
-float64 reference; a backend that fails the check gets no times. Network, training and codec run on
-the first backend that passes. Random weights, random inputs.
+Every backend of the scan that can run here is measured side by side in one run, after a check
+against the float64 reference; a backend that fails the check gets no times. Networks, training and
+codec run on the first backend that passes. Random weights, random inputs.
+
+Groups: operator (the scan), block (SS2D), network (forward passes), scaling (forward passes by
+size and backend), training (optimiser steps), codec (pictures to bytes and back), variants (passes,
+coding and steps of the paper's three networks at one batch size, for comparing them).
 """
 
 import argparse
@@ -11,38 +15,93 @@ import functools
 import itertools
 import json
 import math
-import os
 import platform
-import resource
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
-from compressai.losses import RateDistortionLoss
 from torch import Tensor
 
 import kernels
 import models
 import utils
-from kernels.graphs import GraphedGradients, GraphedUpdate, Replay
+from kernels.graphs import Replay
 from layers import SS2D
+from layers.compressai import RateDistortionLoss
+from tools import networks
+from train import Step
+from training.distributed import Processes
 from training.optim import make_optimizers
 
-GROUPS = ("operator", "block", "network", "scaling", "training", "codec")
+GROUPS = ("operator", "block", "network", "scaling", "training", "codec", "variants")
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative errors of float32 against float64
 REPLAY_TOLERANCE = 1e-2  # of a picture: a latent may round the other way
 MIB = 2**20
+CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+Sizes = Sequence[tuple[int, int]]  # height, width
+Shapes = Sequence[tuple[int, int, int]]  # batch, height, width
+MakeModel = Callable[[], models.SliceHyperprior]  # each measurement starts with a fresh network
+
+
+@dataclass(frozen=True)
+class Work:
+    """The sizes that are measured of each group."""
+
+    scans: Shapes
+    blocks: Shapes
+    network: Sizes
+    scaling: Sizes
+    crops: Sizes
+    batches: Sequence[int]
+    codec: Sizes = ((512, 768),)
+
+    @classmethod
+    def at(cls, sizes: Sizes, batches: Sequence[int]) -> "Work":
+        """Every group at the same sizes of pictures."""
+        # The largest maps of a network are half as high and wide as the picture.
+        maps = [(1, max(height // 2, 1), max(width // 2, 1)) for height, width in sizes]
+        return cls(maps, maps, sizes, sizes, sizes, batches, sizes)
+
+
+ON_GPU = Work(
+    scans=((1, 64, 96), (1, 256, 384), (8, 128, 128), (1, 16, 24)),
+    blocks=((1, 256, 384), (8, 128, 128)),
+    network=((512, 768), (1024, 1024), (1408, 2048)),
+    scaling=((256, 384), (512, 768), (768, 1280), (1152, 1792), (1664, 2432), (2304, 3456)),
+    crops=((256, 256),),
+    batches=(8, 16),
+)
+ON_CPU = Work(
+    scans=((1, 64, 96),),
+    blocks=((1, 64, 96),),
+    network=((256, 256),),
+    scaling=((128, 256), (256, 384)),
+    crops=((64, 64),),
+    batches=(1,),
+)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = utils.ArgumentParser(description=__doc__)
+    parser = utils.ArgumentParser(
+        prog="python -m tools.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    networks.add_flags(parser)
     parser.add_argument("--cuda", action="store_true", help="run on the GPU")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="groups to run")
+    parser.add_argument(
+        "--batch-size",
+        nargs="+",
+        type=utils.positive_int,
+        help="crops of a training step (default: 8 and 16 on a GPU, 1 on a CPU)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all records to this file")
     parser.add_argument(
         "--default-precision",
@@ -52,15 +111,54 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=2.0, help="time to spend on one measurement (default: 2)"
     )
+    parser.add_argument(
+        "--count-kernels",
+        action="store_true",
+        help="count what each call runs on the GPU; the profiler may slow what is timed later",
+    )
     return parser.parse_args(argv)
 
 
-class Bench:
-    """Measures functions on one device and keeps the records."""
+def reset_peak(device: torch.device) -> int | None:
+    """Start a new measurement of the peak of memory; return the bytes held now.
 
-    def __init__(self, device: torch.device, seconds: float):
+    On a GPU they are PyTorch's, on a CPU those of this process; None where it does not tell.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    try:
+        CLEAR_REFS.write_text("5")  # Linux then forgets the peak, VmHWM
+    except OSError:
+        return None
+    return _process_memory("VmRSS")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held at once since `reset_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _process_memory("VmHWM")
+
+
+def _process_memory(key: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{key}:"))
+    return 1024 * int(line.split()[1])
+
+
+class Bench:
+    """Measures functions on one device and keeps the records.
+
+    Args:
+        device: where the functions run.
+        seconds: to spend on one measurement.
+        count_kernels: also count, on a GPU, the kernels and copies of one call.
+    """
+
+    def __init__(self, device: torch.device, seconds: float, count_kernels: bool = False):
         self.device = device
         self.seconds = seconds
+        self.count_kernels = count_kernels
         self.records: list[dict] = []
 
     def _once(self, function: Callable[[], object]) -> float:
@@ -77,30 +175,38 @@ class Bench:
         return 1e3 * (time.perf_counter() - begin)
 
     def run(
-        self, group: str, name: str, backend: str, function: Callable[[], object], **extra: object
+        self,
+        group: str,
+        name: str,
+        backend: str,
+        function: Callable[[], object],
+        graphed: bool = False,
+        **extra: object,
     ) -> float:
-        """Record median, 20th and 80th percentile in ms, and on a GPU peak memory in MiB.
+        """Record median, 20th and 80th percentile in ms, and memory in MiB; return the median.
 
-        A CUDA graph's memory is taken once and for all when it is captured: not measured.
+        ``total_mib`` is the most memory held at once, ``peak_mib`` what of it came on top of what
+        was held before. That of a CUDA graph is taken once and for all when it is captured, and
+        is not measured: say so with ``graphed``. A failure is recorded as ``error`` without a time.
         """
         record = {"group": group, "name": name, "backend": backend, **extra}
+        self.records.append(record)
+        label = f"{group:<9} {extra.get('model', '')} {name}".ljust(50) + f" {backend:<10}"
         try:
-            warm = [self._once(function) for _ in range(2)][-1]
-            if self.device.type == "cuda":
-                for _ in range(2):
-                    self._once(function)
-                torch.cuda.reset_peak_memory_stats(self.device)
-                before = torch.cuda.memory_allocated(self.device)
-                warm = self._once(function)
-                peak = torch.cuda.max_memory_allocated(self.device)
-                if "graph" not in name:
-                    record["peak_mib"] = (peak - before) / MIB
+            for _ in range(4 if self.device.type == "cuda" else 1):  # tuning and, by then, graphs
+                self._once(function)
+            held = reset_peak(self.device)
+            warm = self._once(function)
+            if held is not None and not graphed:
+                peak = peak_memory(self.device)
+                record |= {"peak_mib": (peak - held) / MIB, "total_mib": peak / MIB}
             repeats = min(100, max(3, int(1e3 * self.seconds / max(warm, 1e-3))))
             times = sorted(self._once(function) for _ in range(repeats))
+            if self.count_kernels and self.device.type == "cuda":
+                record["kernels"] = self._kernels(function)
         except (RuntimeError, ValueError) as error:
-            record["error"] = str(error).strip().split("\n")[0]
-            self.records.append(record)
-            print(f"{group:<9} {name:<34} {backend:<10} {record['error'][:80]}", flush=True)
+            record["error"] = first_line(error)
+            print(f"{label} {record['error'][:80]}", flush=True)
             return math.nan
         deciles = statistics.quantiles(times, n=10, method="inclusive")
         record |= {
@@ -109,14 +215,26 @@ class Bench:
             "p80_ms": deciles[7],
             "repeats": repeats,
         }
-        self.records.append(record)
-        memory = f"{record['peak_mib']:9.0f} MiB" if "peak_mib" in record else ""
+        memory = f" {record['peak_mib']:9.0f} MiB" if "peak_mib" in record else ""
+        count = f" {record['kernels']} kernels" if "kernels" in record else ""
         print(
-            f"{group:<9} {name:<34} {backend:<10} {record['median_ms']:10.2f} ms "
-            f"[{record['p20_ms']:.2f}, {record['p80_ms']:.2f}] {memory}",
+            f"{label} {record['median_ms']:10.2f} ms "
+            f"[{record['p20_ms']:.2f}, {record['p80_ms']:.2f}]{memory}{count}",
             flush=True,
         )
         return record["median_ms"]
+
+    def _kernels(self, function: Callable[[], object]) -> int:
+        """What one call runs on the GPU, copies and fills included."""
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            self._once(function)
+        on_gpu = torch.autograd.DeviceType.CUDA
+        return sum(event.device_type == on_gpu for event in profile.events())
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def scan_arguments(
@@ -148,13 +266,6 @@ def backend_errors(backend: str, device: torch.device) -> tuple[float, float]:
         expected_gradients = torch.autograd.grad(expected, doubles, dy.double())
     errors = map(relative_error, gradients, expected_gradients)
     return relative_error(actual, expected), max(errors)
-
-
-@contextlib.contextmanager
-def automatic_backend(name: str) -> Iterator[None]:
-    """Let `auto` mean this backend, so that whole layers run on it."""
-    with mock.patch.dict(os.environ, MAMBAVC_SCAN_BACKEND=name):
-        yield
 
 
 @contextlib.contextmanager
@@ -230,10 +341,10 @@ def bench_gradients(
     bench.run(group, f"{name} fwd+bwd", backend, both)
 
 
-def bench_operator(bench: Bench, backends: Sequence[str]) -> None:
+def bench_operator(bench: Bench, backends: Sequence[str], dim: int, shapes: Shapes) -> None:
+    """The scan, of maps with `dim` channels."""
     cuda = bench.device.type == "cuda"
-    shapes = [(1, 256, 384, 512), (8, 128, 128, 512), (1, 16, 24, 512)] if cuda else []
-    for shape in [(1, 64, 96, 512), *shapes]:
+    for shape in [(*shape, dim) for shape in shapes]:
         arguments = scan_arguments(*shape, bench.device)
         label = "x".join(map(str, shape))
         floor = {"floor_ms": exponential_floor(*shape)} if cuda else {}
@@ -241,38 +352,27 @@ def bench_operator(bench: Bench, backends: Sequence[str]) -> None:
             # The step-by-step reference takes minutes at full size.
             if backend == "reference" and math.prod(shape) > 64 * 96 * 512:
                 continue
-
-            def scan(arguments=arguments, backend=backend) -> Tensor:
-                return kernels.selective_scan_2d(*arguments, backend=backend)
-
+            scan = functools.partial(kernels.selective_scan_2d, *arguments, backend=backend)
             with torch.no_grad():
                 bench.run("operator", f"scan {label} forward", backend, scan, **floor)
             bench_gradients(bench, "operator", f"scan {label}", backend, scan, arguments)
 
 
-def bench_block(bench: Bench, backends: Sequence[str]) -> None:
-    cuda = bench.device.type == "cuda"
-    shapes = [(1, 256, 384), (8, 128, 128)] if cuda else [(1, 64, 96)]
+def bench_block(bench: Bench, backends: Sequence[str], dim: int, shapes: Shapes) -> None:
+    """SS2D, on maps with `dim` channels."""
     for shape in shapes:
-        block = SS2D(256).to(bench.device)
-        u = torch.randn(*shape, 256, device=bench.device, requires_grad=True)
+        block = SS2D(dim).to(bench.device)
+        u = torch.randn(*shape, dim, device=bench.device, requires_grad=True)
         forward = functools.partial(block, u)
-        label = "x".join(map(str, shape))
+        name = f"SS2D {dim} " + "x".join(map(str, shape))
         for backend in backends:
-            if backend == "reference" and cuda:
+            if backend == "reference" and bench.device.type == "cuda":
                 continue
-            with automatic_backend(backend):
+            with kernels.use_backend(backend):
                 with torch.no_grad():
-                    bench.run("block", f"SS2D 256 {label} forward", backend, forward)
+                    bench.run("block", f"{name} forward", backend, forward)
                 inputs = [u, *block.parameters()]
-                bench_gradients(bench, "block", f"SS2D 256 {label}", backend, forward, inputs)
-
-
-def network(bench: Bench) -> models.SliceHyperprior:
-    torch.manual_seed(0)
-    model = models.build_model("mambavc").to(bench.device).eval()
-    model.update()
-    return model
+                bench_gradients(bench, "block", name, backend, forward, inputs)
 
 
 def picture(height: int, width: int, device: torch.device) -> Tensor:
@@ -281,17 +381,17 @@ def picture(height: int, width: int, device: torch.device) -> Tensor:
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
 
 
-def bench_network(bench: Bench, backend: str) -> None:
-    model = network(bench)
-    cuda = bench.device.type == "cuda"
-    sizes = [(512, 768), (1024, 1024), (1408, 2048)] if cuda else [(256, 256)]
+def bench_network(bench: Bench, backend: str, name: str, make: MakeModel, sizes: Sizes) -> None:
+    """Forward passes over one picture of each size, on a GPU also from a CUDA graph."""
+    model = make()
     for height, width in sizes:
         x = picture(height, width, bench.device)
+        work = f"forward {height}x{width}"
         with torch.inference_mode():
-            name = f"forward {height}x{width}"
-            bench.run("network", name, backend, lambda x=x: model(x))
-            if cuda:
-                bench.run("network", f"{name} graph", backend, checked_replay(model, x))
+            bench.run("network", work, backend, functools.partial(model, x), model=name)
+            if bench.device.type == "cuda":
+                replay = checked_replay(model, x)
+                bench.run("network", f"{work} graph", backend, replay, graphed=True, model=name)
 
 
 def checked_replay(model: models.SliceHyperprior, x: Tensor) -> Callable[[], None]:
@@ -314,101 +414,105 @@ def checked_replay(model: models.SliceHyperprior, x: Tensor) -> Callable[[], Non
     return run
 
 
-def bench_scaling(bench: Bench, backends: Sequence[str]) -> None:
-    """Forward time from 0.1 to 8 megapixels; prints the exponent of time against pixels."""
-    model = network(bench)
-    cuda = bench.device.type == "cuda"
+def bench_scaling(
+    bench: Bench, backends: Sequence[str], name: str, make: MakeModel, sizes: Sizes
+) -> None:
+    """Forward passes by size and backend; prints the exponent of time against pixels."""
+    model = make()
     # The reference would take minutes; mamba-ssm's copies of the maps grow too large.
-    largest = {"reference": 0.0, "mamba_ssm": 3.0}
+    largest = {"reference": 100_000, "mamba_ssm": 3_000_000}
     for backend in backends:
         points = []
-        for megapixels in (0.1, 0.4, 1.0, 2.0, 4.0, 8.0) if cuda else (0.03, 0.1):
-            if megapixels > largest.get(backend, math.inf):
+        for height, width in sizes:
+            pixels = height * width
+            if pixels > largest.get(backend, math.inf):
                 continue
-            width = round(math.sqrt(megapixels * 1.5e6) / 128) * 128
-            height = max(128, round(megapixels * 1e6 / width / 128) * 128)
             x = picture(height, width, bench.device)
-            name, pixels = f"forward {height}x{width}", height * width
-            with torch.inference_mode(), automatic_backend(backend):
-                median = bench.run("scaling", name, backend, lambda x=x: model(x), pixels=pixels)
+            work, forward = f"forward {height}x{width}", functools.partial(model, x)
+            with torch.inference_mode(), kernels.use_backend(backend):
+                median = bench.run("scaling", work, backend, forward, model=name, pixels=pixels)
             if math.isfinite(median):
                 points.append((pixels, median))
         if len(points) > 1:
-            logarithms = np.log(np.array(points))
-            exponent = np.polyfit(*logarithms.T, 1)[0]
+            exponent = np.polyfit(*np.log(np.array(points)).T, 1)[0]
             print(f"scaling: time of {backend} grows as pixels to the power of {exponent:.3f}")
-            record = {"group": "scaling", "name": "exponent", "backend": backend}
+            record = {"group": "scaling", "name": "exponent", "backend": backend, "model": name}
             bench.records.append({**record, "value": exponent})
 
 
-def bench_training(bench: Bench, backend: str) -> None:
-    """One optimiser step on a batch of crops, without data loading; on a GPU also graphed."""
-    cases = [(1, 64, False, False, "adam")]
+def bench_training(
+    bench: Bench, backend: str, name: str, make: MakeModel, sizes: Sizes, batches: Sequence[int]
+) -> None:
+    """One step of training on a batch of crops, without reading pictures; on a GPU in all ways."""
+    cases = [(batch, False, False, "adam") for batch in batches]
     if bench.device.type == "cuda":
         both = (False, True)
-        cases = list(itertools.product((8, 16), (256,), both, both, ("adam",)))
-        cases += itertools.product((8,), (256,), (True,), both, ("muon",))
-    for batch, side, amp, graphed, optimizer in cases:
-        step = training_step(network(bench), batch, side, amp, graphed, optimizer)
-        words = [f"step {batch}x{side}x{side}", "bf16" if amp else "float32"]
+        cases = list(itertools.product(batches, both, both, ("adam",)))
+        cases += itertools.product(batches[:1], (True,), both, ("muon",))
+    for (height, width), (batch, amp, graphed, optimizer) in itertools.product(sizes, cases):
+        step = training_step(make(), batch, height, width, amp, graphed, optimizer)
+        words = [f"step {batch}x{height}x{width}", "bf16" if amp else "float32"]
         words += ["graph"] * graphed + [optimizer] * (optimizer != "adam")
-        bench.run("training", " ".join(words), backend, step)
+        bench.run("training", " ".join(words), backend, step, graphed=graphed, model=name)
 
 
 def training_step(
-    model: models.SliceHyperprior, batch: int, side: int, amp: bool, graphed: bool, optimizer: str
-) -> Callable[[], None]:
-    """A step as `train.py` takes it, on random pictures."""
+    model: models.SliceHyperprior,
+    batch: int,
+    height: int,
+    width: int,
+    amp: bool = False,
+    graphed: bool = False,
+    optimizer: str = "adam",
+) -> Callable[[], object]:
+    """A step as train.py takes it, on random pictures."""
     net, aux = make_optimizers(model.train(), optimizer, lr=1e-4, aux_lr=1e-3)
-    optimizers = [*net.values(), aux]
-    parameters = [p for o in net.values() for group in o.param_groups for p in group["params"]]
+    device = next(model.parameters()).device
+    processes = Processes(device.type == "cuda")
     criterion = RateDistortionLoss(lmbda=0.013)
-    device = parameters[0].device
-    x = torch.rand(batch, 3, side, side, device=device)
-
-    def gradients(x: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            output = model(x)
-        output["x_hat"] = output["x_hat"].float()
-        loss = criterion(output, x)["loss"] + model.aux_loss()
-        loss.backward()
-        return loss.detach()
-
-    def update() -> None:
-        for each in optimizers:
-            each.step()
-
-    if graphed:
-        gradients = GraphedGradients(gradients, list(model.parameters()), x)
-        update = GraphedUpdate(optimizers)
-
-    def step() -> None:
-        gradients(x)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        update()
-        for each in optimizers:
-            each.zero_grad()
-
-    return step
+    step = Step(model, criterion, net, aux, processes, amp=amp, clip=1.0, graphs=graphed)
+    crops = torch.randint(256, (batch, height, width, 3), dtype=torch.uint8, device=device)
+    return functools.partial(step, [crops])
 
 
-def bench_codec(bench: Bench, backend: str) -> None:
-    alone = not bench.records
-    model = network(bench)
-    cuda = bench.device.type == "cuda"
-    x = picture(512, 768, bench.device)
-    for graphed, exact in itertools.product((False, True) if cuda else (False,), (True, False)):
-        if graphed:
-            model.run_stage = Replay()
-        mode = ("exact" if exact else "fast") + (" graph" if graphed else "")
-        encode = functools.partial(model.compress, x, exact=exact)
-        decode = functools.partial(model.decompress, **encode(), exact=exact)
-        bench.run("codec", f"compress 512x768 {mode}", backend, encode)
-        bench.run("codec", f"decompress 512x768 {mode}", backend, decode)
-    if alone and not cuda:  # else it is that of an earlier group
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
-        print(f"codec: peak memory of the process {peak:.0f} MiB")
-        bench.records.append({"group": "codec", "name": "peak process memory", "peak_mib": peak})
+def bench_codec(bench: Bench, backend: str, name: str, make: MakeModel, sizes: Sizes) -> None:
+    """One picture of each size to bytes and back."""
+    model = make()
+    modes = itertools.product(
+        (False, True) if bench.device.type == "cuda" else (False,), (True, False)
+    )
+    for (height, width), (graphed, exact) in itertools.product(sizes, list(modes)):
+        encode, decode = coding(model, picture(height, width, bench.device), exact, graphed)
+        mode = f"{height}x{width} {'exact' if exact else 'fast'}{' graph' if graphed else ''}"
+        for work, function in (("compress", encode), ("decompress", decode)):
+            bench.run("codec", f"{work} {mode}", backend, function, graphed=graphed, model=name)
+
+
+def coding(
+    model: models.SliceHyperprior, x: Tensor, exact: bool = True, graphed: bool = False
+) -> tuple[Callable[[], dict], Callable[[], dict]]:
+    """What encodes a picture, and what decodes that to which the picture was encoded."""
+    coder = models.Coder(model, exact=exact, graphs=graphed)
+    encode = functools.partial(coder.compress, x)
+    encoded = functools.cache(encode)  # at its first use, where a failure is recorded
+    return encode, lambda: coder.decompress(**encoded())
+
+
+def bench_variants(bench: Bench, backend: str, name: str, make: MakeModel, sizes: Sizes) -> None:
+    """Forward pass, encoding, decoding and training step of a whole picture of each size."""
+    for height, width in sizes:
+        model, x = make(), picture(height, width, bench.device)
+
+        def run(work: str, function: Callable[[], object], size: str = f"{height}x{width}") -> None:
+            bench.run("variants", f"{work} {size}", backend, function, model=name)
+
+        with torch.inference_mode():
+            run("forward", functools.partial(model, x))
+        encode, decode = coding(model, x)
+        run("encode", encode)
+        run("decode", decode)
+        del model, encode, decode
+        run("step", training_step(make(), 1, height, width))
 
 
 def add_ratios(records: Sequence[dict]) -> None:
@@ -417,15 +521,18 @@ def add_ratios(records: Sequence[dict]) -> None:
     ``of_floor`` is the floor divided by the median; ``slower`` has, for each other backend that
     did the same work, its median divided by this one's.
     """
+
+    def work(record: dict) -> tuple:
+        return record["group"], record["name"], record.get("model")
+
     timed = [record for record in records if "median_ms" in record]
     for record in timed:
-        work = (record["group"], record["name"])
         if record.get("floor_ms") is not None:
             record["of_floor"] = record["floor_ms"] / record["median_ms"]
         record["slower"] = {
             peer["backend"]: peer["median_ms"] / record["median_ms"]
             for peer in timed
-            if (peer["group"], peer["name"]) == work and peer is not record
+            if work(peer) == work(record) and peer is not record
         }
 
 
@@ -477,8 +584,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = utils.select_device(args.cuda)
     if not args.default_precision:
         torch.set_float32_matmul_precision("high")
+
+    work = ON_GPU if args.cuda else ON_CPU
+    if sizes := networks.sizes(args):
+        work = Work.at(sizes, work.batches)
+    if args.batch_size:
+        work = replace(work, batches=args.batch_size)
+
+    def build(name: str) -> models.SliceHyperprior:
+        model = networks.build(name, args.N, args.M)
+        model.update()
+        return model.to(device)
+
+    def named(names: Sequence[str]) -> list[tuple[str, MakeModel]]:
+        return [(Path(name).name, functools.partial(build, name)) for name in names]
+
+    nets = named(args.models or networks.PAPER[:1])
+    variants = named(args.models or networks.PAPER)
+    width = 2 * nets[0][1]().config["N"]  # channels of the transforms' maps; the scan has twice
+
     torch.manual_seed(0)
-    bench = Bench(device, args.seconds)
+    bench = Bench(device, args.seconds, args.count_kernels)
     record = {"machine": machine(device), "records": bench.records}
     print(json.dumps(record["machine"]))
     backends = usable_backends(device)
@@ -486,16 +612,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise utils.DataError(
             "no backend of the scan gives right results here; nothing is measured"
         )
-    for group in args.only:
-        run = globals()[f"bench_{group}"]
+    best = backends[0]
+    runs: dict[str, list[Callable[[], None]]] = {
+        "operator": [lambda: bench_operator(bench, backends, 2 * width, work.scans)],
+        "block": [lambda: bench_block(bench, backends, width, work.blocks)],
+        "network": [lambda n=n: bench_network(bench, best, *n, work.network) for n in nets],
+        "scaling": [lambda n=n: bench_scaling(bench, backends, *n, work.scaling) for n in nets],
+        "training": [
+            lambda n=n: bench_training(bench, best, *n, work.crops, work.batches) for n in nets
+        ],
+        "codec": [lambda n=n: bench_codec(bench, best, *n, work.codec) for n in nets],
+        "variants": [lambda n=n: bench_variants(bench, best, *n, work.codec) for n in variants],
+    }
+    for group, run in [(name, run) for name in args.only for run in runs[name]]:
         try:
-            if group in ("operator", "block", "scaling"):
-                run(bench, backends)
-            else:
-                with automatic_backend(backends[0]):
-                    run(bench, backends[0])
-        except (RuntimeError, ValueError) as error:  # memory, for one; other groups may have room
-            reason = str(error).strip().split("\n")[0]
+            with kernels.use_backend(best):
+                run()
+        except (RuntimeError, ValueError) as error:  # memory, for one; others may have room
+            reason = first_line(error)
             bench.records.append({"group": group, "name": "rest", "error": reason})
             print(f"{group:<9} the rest failed: {reason}")
         add_ratios(bench.records)

@@ -1,40 +1,35 @@
-"""What a network costs: parameters, operations by part, latency and memory on this machine.
+"""Count a network's parameters and the operations of one forward pass, the selective scan included.
 
 One MAC is a multiplication whose product is added to a sum; one FLOP is a single multiplication,
 addition or elementary function. A matrix product or a convolution has two FLOPs per MAC (plus one
-per bias), elementwise functions have FLOPs only. calflops counts the layers; what it cannot see
-is registered here: the selective scan by `scan_macs` and `scan_flops` of `kernels.scan_operator`, which say what
-one step of it counts, and the two products of window attention.
+per bias), elementwise functions have FLOPs only. calflops counts the layers; what it cannot see is
+registered with it here: the selective scan, by the formulas of `kernels.scan_operator`, and the two
+products of window attention.
 
-Operations are those of one forward pass: every layer of encoder, entropy model and decoder once.
-They are counted on shapes alone, so a 4K picture needs neither memory nor a GPU.
+A forward pass runs every layer of encoder, entropy model and decoder once. Operations are counted
+on shapes alone, so that a 4K picture needs neither its memory nor a GPU.
 """
 
 import argparse
 import contextlib
-import importlib.metadata
+import importlib
+import importlib.util
 import json
-import os
-import platform
-import statistics
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from unittest import mock
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import kernels
 import models
 import utils
-from kernels.graphs import Replay
 from kernels.scan_operator import scan_flops, scan_macs
-from layers import SS2D, WindowAttention, swin
-from models import checkpoint as checkpoint_file
-from models.entropy import call
-from tools.figures import scaling, style
-from utils import ArgumentParser, UsageError
+from layers import SS2D, WindowAttention
+from tools import networks
 
 # The parts of the network that operations are reported for.
 PARTS = {
@@ -50,33 +45,27 @@ PARTS = {
         "lrp_transforms",
     ),
 }
-SWEEP = ((256, 256), (512, 768), (1024, 1024), (1408, 2048), (2160, 3840))
-OPERATIONS = ("encode", "decode", "forward", "step")
-CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
-@contextlib.contextmanager
-def _without_distribution(name: str) -> Iterator[None]:
-    """Let no import see that a distribution is installed.
+def _import_calflops() -> tuple[type, dict[type, Callable]]:
+    """calflops' counter and its table of modules that have a formula of their own.
 
-    Where PyPI's `kernels` is installed, transformers (which calflops imports) takes our folder of
-    that name for it and fails on what it does not find there.
+    They are imported without the package's `__init__`, which imports transformers: that takes
+    seconds, is not among calflops' requirements, and mistakes our folder `kernels` for the package
+    of that name on PyPI where it is installed.
     """
-    version = importlib.metadata.version
+    spec = importlib.util.find_spec("calflops")
+    before = sys.modules.get("calflops")
+    sys.modules["calflops"] = before or importlib.util.module_from_spec(spec)
+    try:
+        pipeline = importlib.import_module("calflops.calculate_pipline")
+    finally:
+        if before is None:
+            del sys.modules["calflops"]  # whoever imports it gets all of it
+    return pipeline.CalFlopsPipline, pipeline.MODULE_HOOK_MAPPING
 
-    def hidden(distribution: str) -> str:
-        if distribution == name:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version(distribution)
 
-    with mock.patch.object(importlib.metadata, "version", hidden):
-        yield
-
-
-with _without_distribution("kernels"):
-    from calflops.calculate_pipline import CalFlopsPipline
-    from calflops.pytorch_ops import MODULE_HOOK_MAPPING
-    from calflops.utils import get_module_flops, get_module_macs
+_Counter, _formulas = _import_calflops()
 
 
 def _count_scan(module: SS2D, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -97,18 +86,15 @@ def _count_attention(module: WindowAttention, inputs: tuple[Tensor], output: Ten
     module.__flops__ += 4 * pairs * dim + pairs * module.num_heads
 
 
-MODULE_HOOK_MAPPING[SS2D] = _count_scan
-MODULE_HOOK_MAPPING[WindowAttention] = _count_attention
+_formulas[SS2D] = _count_scan
+_formulas[WindowAttention] = _count_attention
 
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
     """Let networks on the CPU run on tensors that have shapes and no data: nothing is computed."""
-    # No such tensor may stay in a cache.
-    masks = mock.patch.object(swin, "_shift_mask", swin._shift_mask.__wrapped__)
     # The compiled scan is one operator; the reference would be walked through step by step.
-    backend = mock.patch.dict(os.environ, {"MAMBAVC_SCAN_BACKEND": "cpu"})
-    with masks, backend, torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+    with kernels.use_backend("cpu"), torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         yield
 
 
@@ -126,19 +112,18 @@ def count(model: models.SliceHyperprior, height: int, width: int) -> dict:
     """
     was_training = model.training
     model.eval()
-    counter = CalFlopsPipline(model, include_backPropagation=False, compute_bp_factor=2.0)
+    counter = _Counter(model, include_backPropagation=False, compute_bp_factor=2.0)
     counter.start_flops_calculate()
     try:
         with shapes_only():
             model(torch.empty(1, 3, height, width))
-        total = _counts([model])
+        total = _sums([model])
         parts = {
-            part: _counts([getattr(model, name) for name in names]) for part, names in PARTS.items()
+            part: _sums([getattr(model, name) for name in names]) for part, names in PARTS.items()
         }
-        scans = [module for module in model.modules() if isinstance(module, SS2D)]
         scan = {
-            "macs": sum(module.__macs__ for module in scans),
-            "flops": sum(module.__flops__ for module in scans),
+            key: sum(getattr(m, f"__{key}__") for m in model.modules() if isinstance(m, SS2D))
+            for key in ("macs", "flops")
         }
     finally:
         counter.end_flops_calculate()
@@ -149,297 +134,69 @@ def count(model: models.SliceHyperprior, height: int, width: int) -> dict:
     return {**total, "parts": parts, "scan": scan}
 
 
-def _counts(modules: Sequence[nn.Module]) -> dict[str, int]:
+def _sums(roots: Sequence[nn.Module]) -> dict[str, int]:
+    modules = [module for root in roots for module in root.modules()]
     return {
-        "parameters": sum(p.numel() for module in modules for p in module.parameters()),
-        "macs": sum(get_module_macs(module) for module in modules),
-        "flops": sum(get_module_flops(module) for module in modules),
+        "parameters": sum(p.numel() for root in roots for p in root.parameters()),
+        "macs": sum(module.__macs__ for module in modules),
+        "flops": sum(module.__flops__ for module in modules),
     }
 
 
-def operation(
-    model: models.SliceHyperprior, name: str, x: Tensor, run_stage: Callable = call
-) -> Callable[[], object]:
-    """A function that does one operation on pictures x: what `measure` runs.
-
-    ``encode`` is `compress`, ``decode`` is `decompress` of what `compress` made of x (the
-    network and the entropy coder), ``forward`` is the estimate without a gradient, ``step`` is
-    forward and backward in training mode, without an optimiser. All but the last go through
-    ``run_stage``.
-    """
-    model.train(name == "step")
-    model.run_stage = run_stage
-    if name == "step":
-
-        def step() -> None:
-            model.zero_grad(set_to_none=True)
-            out = model(x)
-            rate = -sum(likelihood.log2().sum() for likelihood in out["likelihoods"].values())
-            (rate / x[:, 0].numel() + 0.01 * 255**2 * (out["x_hat"] - x).square().mean()).backward()
-
-        return step
-    if name == "encode":
-        return lambda: model.compress(x)
-    if name == "decode":
-        coded = model.compress(x)
-        return lambda: model.decompress(**coded)
-    return torch.no_grad()(lambda: run_stage(model, x))
-
-
-def measure(run: Callable[[], object], device: torch.device, repeats: int) -> dict:
-    """Time and peak memory of a function, after one run to warm up.
-
-    Returns:
-        ``seconds``: median; ``seconds_20``, ``seconds_80``: percentiles; ``peak_bytes``: on a GPU
-        the most memory PyTorch held at once, weights included; on the CPU the most resident memory
-        of this process (None where Linux's /proc does not tell).
-    """
-    run()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        _reset_peak_resident()
-    seconds = []
-    for _ in range(repeats):
-        start = utils.clock(device)
-        run()
-        seconds.append(utils.clock(device) - start)
-    deciles = statistics.quantiles(seconds, n=10, method="inclusive") if repeats > 1 else []
-    return {
-        "seconds": statistics.median(seconds),
-        "seconds_20": deciles[1] if deciles else seconds[0],
-        "seconds_80": deciles[7] if deciles else seconds[0],
-        "peak_bytes": (
-            torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _peak_resident()
-        ),
-    }
-
-
-def _reset_peak_resident() -> None:
-    with contextlib.suppress(OSError):
-        CLEAR_REFS.write_text("5")
-
-
-def _peak_resident() -> int | None:
-    """Most bytes this process has had in memory since the last reset."""
-    with contextlib.suppress(OSError):
-        for line in STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return 1024 * int(line.split()[1])
-    return None
-
-
-def measure_all(
-    model: models.SliceHyperprior,
-    height: int,
-    width: int,
-    names: Sequence[str],
-    device: torch.device,
-    repeats: int,
-    batch_size: int = 1,
-    cuda_graph: bool = False,
-) -> dict[str, dict | None]:
-    """`measure` for each operation; None for one that the GPU's memory does not hold.
-
-    With ``cuda_graph`` all but ``step`` are timed as CUDA graphs, and their memory is not measured.
-    """
-    x = torch.rand(batch_size, 3, height, width, device=device)
-    results: dict[str, dict | None] = {}
-    for name in names:
-        replayed = cuda_graph and name != "step"
-        try:
-            run = operation(model, name, x, Replay() if replayed else call)
-            if replayed:
-                run()  # what `measure` warms up with is then the capture
-            results[name] = measure(run, device, repeats)
-            if replayed:
-                results[name]["peak_bytes"] = None
-        except torch.OutOfMemoryError:
-            results[name] = None
-        run = None  # lets go of its graphs
-        model.run_stage = call
-        model.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return results
-
-
-def load(name: str, **sizes: int) -> tuple[str, models.SliceHyperprior]:
-    """A model and its name, from the registry (fixed random weights) or from a checkpoint file.
-
-    Raises:
-        UsageError: there is neither.
-    """
-    if name in models.list_models():
-        torch.manual_seed(0)
-        try:
-            model = models.build_model(name, **sizes)
-        except ValueError as error:
-            raise UsageError(f"cannot build {name}: {error}") from None
-        return name, model
-    try:
-        path = checkpoint_file.find_checkpoint(name)
-    except UsageError:
-        raise UsageError(
-            f"{name} is neither a model ({', '.join(models.list_models())}) nor a checkpoint file"
-        ) from None
-    if sizes:
-        raise UsageError(
-            f"--{next(iter(sizes))} does not change the sizes of a checkpoint; leave it out"
-        )
-    return path.name, checkpoint_file.load_model(path)
-
-
-def device_name(device: torch.device) -> str:
-    """What the device calls itself, with the number of threads for a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{utils.cpu_name()}, {torch.get_num_threads()} threads"
-
-
-def format_counts(rows: Sequence[dict]) -> str:
-    """Operations of the rows as a Markdown table, with the first model's MACs against each."""
+def format_parts(rows: Sequence[dict]) -> str:
+    """GMACs of each part of the networks, and of the scans in them, as a table."""
     names = [*PARTS, "other"]
-    header = ["model", "picture", "parameters", "MACs", "FLOPs", "first against it"]
-    header += [f"{name} MACs" for name in names] + ["scan MACs"]
-    lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---:|" * (len(header) - 2)]
-    first: dict[tuple[int, int], int] = {}
+    lines = [f"{'GMACs by part':<28}" + "".join(f"{name:>9}" for name in [*names, "(scan)"])]
     for row in rows:
-        base = first.setdefault((row["height"], row["width"]), row["macs"])
-        cells = [
-            row["model"],
-            f"{row['height']}x{row['width']}",
-            f"{row['parameters'] / 1e6:.2f} M",
-            f"{row['macs'] / 1e9:.1f} G",
-            f"{row['flops'] / 1e9:.1f} G",
-            f"{100 * (base / row['macs'] - 1):+.1f} %",
-            *(f"{row['parts'][name]['macs'] / 1e9:.1f} G" for name in names),
-            f"{row['scan']['macs'] / 1e9:.1f} G",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
+        values = [row["parts"][name]["macs"] for name in names] + [row["scan"]["macs"]]
+        label = f"{row['model']} {row['height']}x{row['width']}"
+        lines.append(f"{label:<28}" + "".join(f"{value / 1e9:9.1f}" for value in values))
     return "\n".join(lines)
 
 
-def format_measures(rows: Sequence[dict]) -> str:
-    """Latency and memory of the rows as a Markdown table."""
-    lines = [
-        "| model | picture | operation | seconds (median) | 20 to 80 % | peak memory |",
-        "|---|---|---|---:|---:|---:|",
-    ]
+def format_totals(rows: Sequence[dict]) -> str:
+    """A line for each row, with the first network's MACs against the others'."""
+    lines = []
+    first: dict[tuple[int, int], dict] = {}
     for row in rows:
-        for name, result in row["measured"].items():
-            start = f"| {row['model']} | {row['height']}x{row['width']} | {name} |"
-            if result is None:
-                lines.append(f"{start} out of memory | | |")
-                continue
-            peak = result["peak_bytes"]
-            lines.append(
-                f"{start} {result['seconds']:.4f} | "
-                f"{result['seconds_20']:.4f} to {result['seconds_80']:.4f} | "
-                f"{'unknown' if peak is None else f'{peak / 2**30:.2f} GiB'} |"
-            )
+        line = (
+            f"{row['model']} {row['height']}x{row['width']}: {row['macs'] / 1e9:.1f} GMACs, "
+            f"{row['flops'] / 1e9:.1f} GFLOPs, {row['parameters'] / 1e6:.2f} M parameters"
+        )
+        if row["scan"]["macs"]:
+            line += f", scan included ({row['scan']['macs'] / 1e9:.1f} GMACs)"
+        base = first.setdefault((row["height"], row["width"]), row)
+        if base is not row:
+            line += f"; {base['model']} {100 * (base['macs'] / row['macs'] - 1):+.1f} % MACs"
+        lines.append(line)
     return "\n".join(lines)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        description="Count a network's parameters and operations, and measure its latency and "
-        "memory on this machine."
+    parser = utils.ArgumentParser(
+        prog="python -m tools.complexity",
+        description="Count parameters and operations of networks, on the CPU, by shapes alone.",
     )
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        default=["mambavc", "convvc", "swinvc"],
-        metavar="MODEL",
-        help="registered names or checkpoint files (default: %(default)s)",
-    )
-    parser.add_argument("--size", nargs=2, type=utils.positive_int, metavar=("HEIGHT", "WIDTH"))
-    parser.add_argument(
-        "--sweep", action="store_true", help="sizes from 256x256 to 4K instead of --size"
-    )
-    parser.add_argument("--cuda", action="store_true", help="measure on the GPU")
-    parser.add_argument(
-        "--cuda-graph",
-        action="store_true",
-        help="time all but step as CUDA graphs, without waiting for the host; no memory then",
-    )
-    parser.add_argument(
-        "--measure",
-        nargs="*",
-        choices=OPERATIONS,
-        default=["encode", "decode", "forward"],
-        help="what to time; without a name: count only (default: encode decode forward)",
-    )
-    parser.add_argument("--repeats", type=utils.positive_int, default=5)
-    parser.add_argument("--batch-size", type=utils.positive_int, default=1, help="when measuring")
-    parser.add_argument("--N", type=utils.positive_int, help="override the models' N")
-    parser.add_argument("--M", type=utils.positive_int, help="override the models' M")
+    networks.add_flags(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers here")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw all numbers here")
     args = parser.parse_args(argv)
-    if args.cuda_graph and not args.cuda:
-        raise UsageError("--cuda-graph needs --cuda; add it")
-    if args.size and args.sweep:
-        raise UsageError("--size and --sweep exclude each other; give one of them")
     if args.json is not None:
         utils.check_output(args.json)
-    if args.plot is not None:
-        style.check_output(args.plot)
-        if not args.sweep and tuple(args.size or scaling.PARTS_SIZE) != scaling.PARTS_SIZE:
-            raise UsageError("--plot draws a --sweep or the size 512 768; give one of these")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    utils.setup_logging()
-    device = utils.select_device(args.cuda)
-    sizes = SWEEP if args.sweep else [tuple(args.size or (512, 768))]
-    overrides = {key: getattr(args, key) for key in ("N", "M") if getattr(args, key) is not None}
-    content = {
-        "device": device_name(device) if args.measure else None,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda if args.cuda else None,
-        },
-        "batch_size": args.batch_size,
-        "cuda_graph": args.cuda_graph,
-        "repeats": args.repeats,
-        "rows": [],
-    }
-    rows = content["rows"]
-    for source in args.models:
-        name, model = load(source, **overrides)
-        counts = [count(model, *size) for size in sizes]
-        if args.measure:
-            model.update()
-        model.to(device)
-        for (height, width), counted in zip(sizes, counts, strict=True):
-            if args.measure:
-                utils.logger.info("measuring %s at %dx%d", name, height, width)
-            measured = measure_all(
-                model,
-                height,
-                width,
-                args.measure,
-                device,
-                args.repeats,
-                args.batch_size,
-                args.cuda_graph,
-            )
-            size = {"model": name, "height": height, "width": width}
-            rows.append({**size, **counted, "measured": measured})
-            if args.json is not None:  # each time: a sweep that is cut short keeps its numbers
-                with utils.atomic_write(args.json) as temporary:
-                    temporary.write_text(json.dumps(content, indent=1) + "\n")
-        del model
-    if args.plot is not None:
-        scaling.draw(content, args.plot)
-    print(format_counts(rows))
-    if args.measure:
-        print(f"\nOn {device_name(device)}, batch size {args.batch_size}:\n")
-        print(format_measures(rows))
+    rows = []
+    for name in args.models or networks.PAPER:
+        model = networks.build(name, args.N, args.M)
+        for height, width in networks.sizes(args) or [(512, 768)]:
+            label = {"model": Path(name).name, "height": height, "width": width}
+            rows.append({**label, **count(model, height, width)})
+    if args.json is not None:
+        with utils.atomic_write(args.json) as temporary:
+            temporary.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    print(f"{format_parts(rows)}\n\n{format_totals(rows)}")
 
 
 if __name__ == "__main__":

@@ -1,27 +1,34 @@
 """Turn a training checkpoint into a small file of weights to share."""
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import utils
-from models import checkpoint as checkpoint_file
+from models.checkpoint import load_checkpoint, save_weights
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = utils.ArgumentParser(description=__doc__)
+    parser = utils.ArgumentParser(prog="python -m tools.export", description=__doc__)
     parser.add_argument("checkpoint", help="file that train.py saved")
     parser.add_argument("output", type=Path, help="file to write, *.safetensors")
     args = parser.parse_args(argv)
     if args.output.suffix != ".safetensors":
         parser.error(f"the output must end in .safetensors, got {args.output}")
-    checkpoint = checkpoint_file.load_checkpoint(args.checkpoint)
+    utils.check_output(args.output)
+    checkpoint = load_checkpoint(args.checkpoint)
     missing = {"model", "model_args", "state_dict"} - checkpoint.keys()
     if missing:
         raise utils.UsageError(
             f"{args.checkpoint} lacks {', '.join(sorted(missing))}; give a file that train.py saved"
         )
-    checkpoint_file.save_weights(checkpoint, args.output)
+    if save_weights(checkpoint, args.output):
+        print(
+            "rounding to half precision changed the model's fingerprint: what was coded with "
+            f"{args.checkpoint} decodes with that file only, not with {args.output}",
+            file=sys.stderr,
+        )
     digest = hashlib.sha256(args.output.read_bytes()).hexdigest()
     print(f"{digest}  {args.output.name}")
 

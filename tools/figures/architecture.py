@@ -11,9 +11,9 @@ import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.patches import FancyBboxPatch
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, FancyBboxPatch
 
 from models import MambaVC
 from tools.figures import style
@@ -219,7 +219,7 @@ def _vss(axes: Axes) -> None:
 
 def _circle(axes: Axes, x: float, y: float) -> None:
     axes.add_patch(
-        plt.Circle((x, y), 0.12, facecolor="white", edgecolor=style.INK, linewidth=1, zorder=2)
+        Circle((x, y), 0.12, facecolor="white", edgecolor=style.INK, linewidth=1, zorder=2)
     )
 
 
@@ -278,23 +278,22 @@ def _slices(axes: Axes, num_slices: int) -> None:
               color=style.MUTED)  # fmt: skip
 
 
-def draw(output: Path) -> None:
-    """Draw the diagram of the default `MambaVC` into a picture file."""
+@style.styled
+def draw() -> Figure:
+    """Draw the diagram of the default `MambaVC`."""
     defaults = {
         name: parameter.default for name, parameter in inspect.signature(MambaVC).parameters.items()
     }
-    with plt.rc_context({**style.RC, "mathtext.fontset": "dejavusans"}):
-        figure = plt.figure(figsize=(WIDTH, HEIGHT))
-        axes = figure.add_axes((0, 0, 1, 1))
-        axes.set_xlim(0, WIDTH)
-        axes.set_ylim(0, HEIGHT)
-        axes.axis("off")
-        _codec(axes, defaults["depths"])
-        _vss(axes)
-        _orders(axes)
-        _slices(axes, defaults["num_slices"])
-        style.save(figure, output)
-        plt.close(figure)
+    figure = Figure((WIDTH, HEIGHT))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_xlim(0, WIDTH)
+    axes.set_ylim(0, HEIGHT)
+    axes.axis("off")
+    _codec(axes, defaults["depths"])
+    _vss(axes)
+    _orders(axes)
+    _slices(axes, defaults["num_slices"])
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -302,7 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m tools.figures.architecture", description="Draw the diagram of the network."
     )
     parser.add_argument("--output", type=Path, default=Path("pic/architecture.png"), metavar="FILE")
-    draw(parser.parse_args(argv).output)
+    style.save(draw(), parser.parse_args(argv).output)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import bjontegaard
 import numpy as np
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy.interpolate import PchipInterpolator
 
 from tools.figures import style
@@ -28,7 +28,11 @@ DEFAULT_OURS = ("mambavc",)
 DEFAULT_ANCHOR = "vtm"
 
 QUALITY = {"psnr": "PSNR [dB]", "ms-ssim": "MS-SSIM [dB]"}
-TIMES = {"encode-time": "encode_time", "decode-time": "decode_time"}
+# CompressAI's keys, which eval.py writes, and those of its files from before it did.
+TIMES = {
+    "encode-time": ("encoding_time", "encode_time"),
+    "decode-time": ("decoding_time", "decode_time"),
+}
 PANELS = (*QUALITY, "saving", *TIMES)
 PANEL_WIDTH, PANEL_HEIGHT = 5.0, 4.0  # inches, with the names of the lines
 
@@ -69,7 +73,7 @@ def load_curve(source: str) -> Curve:
         names[0],
         points["bpp"][order],
         {metric: points[metric][order] for metric in QUALITY if metric in columns},
-        {panel: float(points[key].mean()) for panel, key in TIMES.items() if key in columns},
+        {panel: float(points[panel].mean()) for panel in TIMES if panel in columns},
     )
 
 
@@ -88,7 +92,10 @@ def _load_points(source: str) -> tuple[str, dict[str, np.ndarray]]:
         ms_ssim = results.get("ms-ssim-rgb") or [None]
         if None not in ms_ssim:
             columns["ms-ssim"] = [ms_ssim_db(value) for value in ms_ssim]
-        columns |= {key: results[key] for key in TIMES.values() if results.get(key)}
+        for panel, keys in TIMES.items():
+            for key in keys:
+                if results.get(key):
+                    columns[panel] = results[key]
         points = {key: np.array(values, dtype=float) for key, values in columns.items()}
         sizes = {values.shape for values in points.values()}
         if len(sizes) > 1 or not points["bpp"].size or points["bpp"].min() <= 0:
@@ -250,18 +257,18 @@ def _drawable(curve: Curve, panel: str, anchor: Curve) -> bool:
     return metric in curve.quality and _rises(curve.bpp) and _rises(curve.quality[metric])
 
 
+@style.styled
 def draw(
     ours: Sequence[Curve],
     others: Sequence[Curve],
     anchor: Curve,
     panels: Sequence[str],
-    output: Path,
     *,
     bpp: tuple[float, float] = (0.08, 0.95),
     method: str = "pchip",
     title: str = "",
-) -> None:
-    """Draw the panels side by side into a picture file.
+) -> Figure:
+    """Draw the panels side by side.
 
     Args:
         ours: in the accent colour, on top.
@@ -279,36 +286,32 @@ def draw(
         (style.MUTED, anchor),
         *((style.ACCENT, curve) for curve in ours),
     ]
-    with plt.rc_context(style.RC):
-        width = PANEL_WIDTH * len(panels)
-        figure, row = plt.subplots(1, len(panels), figsize=(width, PANEL_HEIGHT), squeeze=False)
-        for i, (axes, panel) in enumerate(zip(row[0], panels, strict=True)):
-            # Fixed places, so that the names beside the axes have room.
-            x0 = (i * PANEL_WIDTH + 0.6) / width
-            axes.set_position([x0, 0.12, (PANEL_WIDTH - 0.6 - 1.35) / width, 0.78])
-            available = [pair for pair in curves if _drawable(pair[1], panel, anchor)]
-            if not available:
-                raise UsageError(f"no curve has the data of panel {panel}; leave the panel out")
-            if panel in TIMES:
-                _draw_times(axes, panel, available, anchor, method)
-                continue
-            if panel == "saving":
-                axes.set_xlabel("PSNR [dB]")
-                axes.set_ylabel(f"rate saved against {anchor.name} [%]")
-            else:
-                axes.set_xlabel("rate [bit per pixel]")
-                axes.set_ylabel(QUALITY[panel])
-                axes.set_xlim(*bpp)
-            ends = [
-                end
-                for colour, curve in available
-                for end in _draw_line(axes, curve, panel, anchor, bpp, colour)
-            ]
-            style.label_lines(axes, ends)
-        if title:
-            figure.text(0.6 / width, 0.95, title, color=style.INK, fontweight="bold")
-        style.save(figure, output)
-        plt.close(figure)
+    place = (0.6, 0.12 * PANEL_HEIGHT, PANEL_WIDTH - 0.6 - 1.35, 0.78 * PANEL_HEIGHT)
+    figure, row = style.panels(len(panels), len(panels), (PANEL_WIDTH, PANEL_HEIGHT), place)
+    for axes, panel in zip(row, panels, strict=True):
+        available = [pair for pair in curves if _drawable(pair[1], panel, anchor)]
+        if not available:
+            raise UsageError(f"no curve has the data of panel {panel}; leave the panel out")
+        if panel in TIMES:
+            _draw_times(axes, panel, available, anchor, method)
+            continue
+        if panel == "saving":
+            axes.set_xlabel("PSNR [dB]")
+            axes.set_ylabel(f"rate saved against {anchor.name} [%]")
+        else:
+            axes.set_xlabel("rate [bit per pixel]")
+            axes.set_ylabel(QUALITY[panel])
+            axes.set_xlim(*bpp)
+        ends = [
+            end
+            for colour, curve in available
+            for end in _draw_line(axes, curve, panel, anchor, bpp, colour)
+        ]
+        style.label_lines(axes, ends)
+    if title:
+        x = 0.6 / figure.get_figwidth()
+        figure.text(x, 0.95, title, color=style.INK, fontweight="bold")
+    return figure
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -358,16 +361,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         with atomic_write(args.json) as temporary:
             temporary.write_text(json.dumps(content, indent=2) + "\n")
     if args.output is not None:
-        draw(
-            ours,
-            others,
-            anchor,
-            args.panels,
-            args.output,
-            bpp=tuple(args.bpp),
-            method=args.method,
-            title=args.title,
-        )
+        figure = draw(
+            ours, others, anchor, args.panels,
+            bpp=tuple(args.bpp), method=args.method, title=args.title,
+        )  # fmt: skip
+        style.save(figure, args.output)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,15 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from matplotlib import pyplot as plt
+from matplotlib import rc_context
 from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
 from torch import Tensor
 
 import models
 import utils
-from models import checkpoint as checkpoint_file
+from models.checkpoint import build_from_checkpoint, load_checkpoint
 from tools.figures import style
-from tools.figures.scaling import NAMES
 from utils import ArgumentParser, UsageError
 
 SHARES = (0.5, 0.9, 0.99)
@@ -114,28 +114,26 @@ def load(path: Path) -> dict[str, np.ndarray]:
     return fields
 
 
-def draw(fields: dict[str, np.ndarray], output: Path) -> None:
-    """Draw fields side by side into a picture file, each relative to its peak."""
-    with plt.rc_context({**style.RC, "axes.grid": False, "axes.titlelocation": "center"}):
-        count = len(fields)
-        figure, row = plt.subplots(
-            1, count, figsize=(2.9 * count + 0.7, 3.3), squeeze=False, layout="constrained"
-        )
-        for axes, (name, values) in zip(row[0], fields.items(), strict=True):
-            relative = np.maximum(values / values.max(), FLOOR)
-            image = axes.imshow(relative, norm=LogNorm(FLOOR, 1), cmap="inferno")
-            held = sides(values)
-            axes.set_title(NAMES.get(name, name))
-            axes.set_xlabel(", ".join(f"{share:.0%}: {side} px" for share, side in held.items()))
-            axes.set_xticks([])
-            axes.set_yticks([])
-            for spine in axes.spines.values():
-                spine.set_visible(False)
-        bar = figure.colorbar(image, ax=row[0].tolist(), shrink=0.8, pad=0.02)
-        bar.set_label("gradient, relative to its peak")
-        bar.outline.set_visible(False)
-        style.save(figure, output, dpi=150)
-        plt.close(figure)
+@style.styled
+@rc_context({"axes.grid": False, "axes.titlelocation": "center"})
+def draw(fields: dict[str, np.ndarray]) -> Figure:
+    """Draw fields side by side, each relative to its peak."""
+    figure = Figure((2.9 * len(fields) + 0.7, 3.3), layout="constrained")
+    row = figure.subplots(1, len(fields), squeeze=False)[0]
+    for axes, (name, values) in zip(row, fields.items(), strict=True):
+        relative = np.maximum(values / values.max(), FLOOR)
+        image = axes.imshow(relative, norm=LogNorm(FLOOR, 1), cmap="inferno")
+        held = sides(values)
+        axes.set_title(style.NAMES.get(name, name))
+        axes.set_xlabel(", ".join(f"{share:.0%}: {side} px" for share, side in held.items()))
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+    bar = figure.colorbar(image, ax=row.tolist(), shrink=0.8, pad=0.02)
+    bar.set_label("gradient, relative to its peak")
+    bar.outline.set_visible(False)
+    return figure
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -183,8 +181,8 @@ def measure(args: argparse.Namespace) -> dict[str, np.ndarray]:
     files = utils.list_images(args.data)
     fields = {}
     for path in args.inputs:
-        checkpoint = checkpoint_file.load_checkpoint(path)
-        model = checkpoint_file.build_from_checkpoint(checkpoint, path).to(device)
+        checkpoint = load_checkpoint(path)
+        model = build_from_checkpoint(checkpoint, path).to(device)
         name = checkpoint.get("model", path.stem)
         fields[name] = field(model, files, args.size, args.point, device)
     if args.save is not None:
@@ -199,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, values in fields.items():
         held = ", ".join(f"{share:.0%} within {side} px" for share, side in sides(values).items())
         print(f"{name}: {held}")
-    draw(fields, args.output)
+    style.save(draw(fields), args.output, dpi=150)
 
 
 if __name__ == "__main__":

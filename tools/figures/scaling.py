@@ -1,20 +1,23 @@
-"""How cost grows with resolution: MACs, memory and time of a file that complexity.py wrote.
+"""How cost grows with resolution: operations that were counted, memory and time that were measured.
 
 ::
 
-    python complexity.py --cuda --sweep --measure encode decode forward step --json FILE
-    python -m tools.figures.scaling FILE --output pic/complexity.png
+    python -m tools.complexity --sweep --json COUNTS
+    python -m tools.benchmark --cuda --only variants --sweep --json RECORDS
+    python -m tools.figures.scaling COUNTS RECORDS
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
-from tools.figures import style
-from utils import UsageError, run_main
+from tools.figures import speed, style
+from utils import ArgumentParser, UsageError, run_main
 
 # What the bars are split into, in the order they are stacked.
 PARTS = {
@@ -23,34 +26,39 @@ PARTS = {
     "h_a, h_s": (("h_a", "h_s"), "#009E73"),
     "context": (("context",), "#CC79A7"),
 }
-NAMES = {"mambavc": "MambaVC", "convvc": "CNN variant", "swinvc": "Swin variant"}
 PARTS_SIZE = (512, 768)
-PANEL_WIDTH, PANEL_HEIGHT = 4.6, 3.5  # inches
-
-
-def _measured(operation: str, key: str, scale: float) -> Callable[[dict], float | None]:
-    def value(row: dict) -> float | None:
-        result = row["measured"].get(operation)
-        return None if result is None or result[key] is None else result[key] / scale
-
-    return value
-
-
-# Title, unit and value of each line panel.
-LINES = (
-    ("multiply-accumulates", "MACs [T]", lambda row: row["macs"] / 1e12),
-    ("memory, inference", "peak [GiB]", _measured("forward", "peak_bytes", 2**30)),
-    ("memory, training step", "peak [GiB]", _measured("step", "peak_bytes", 2**30)),
-    ("encoding", "seconds", _measured("encode", "seconds", 1)),
-    ("decoding", "seconds", _measured("decode", "seconds", 1)),
-    ("forward pass", "seconds", _measured("forward", "seconds", 1)),
+CELL = (4.6, 3.5)  # width and height of a panel, inches
+# Operation, key of its records, what the unit is of the record's, title and unit of each panel.
+MEASURED = (
+    ("forward", "total_mib", 1024, "memory, inference", "peak [GiB]"),
+    ("step", "total_mib", 1024, "memory, training step", "peak [GiB]"),
+    ("encode", "median_ms", 1000, "encoding", "seconds"),
+    ("decode", "median_ms", 1000, "decoding", "seconds"),
+    ("forward", "median_ms", 1000, "forward pass", "seconds"),
 )
+RECORD = re.compile(r"(\w+) (\d+)x(\d+)$")
+
+Lines = dict[str, list[tuple[float, float]]]  # (megapixels, value), smallest first, by model
 
 
-def _colours(models: Sequence[str]) -> dict[str, str]:
-    """Ours in the accent colour, whichever of its names it goes by."""
-    others = iter(style.OTHERS * len(models))
-    return {name: style.ACCENT if "mambavc" in name else next(others) for name in models}
+def counted_lines(rows: Sequence[dict]) -> Lines:
+    """MACs of each model at each size, in units of 10^12."""
+    found: Lines = defaultdict(list)
+    for row in rows:
+        found[row["model"]].append((row["height"] * row["width"] / 1e6, row["macs"] / 1e12))
+    return {model: sorted(line) for model, line in found.items()}
+
+
+def measured_lines(records: Sequence[dict], operation: str, key: str, unit: float) -> Lines:
+    """What an operation took of each model at each size at which it was measured."""
+    found: Lines = defaultdict(list)
+    for record in records:
+        match = RECORD.match(record["name"])
+        measured = record["group"] == "variants" and record.get(key) is not None
+        if measured and match and match[1] == operation:
+            pixels = int(match[2]) * int(match[3])
+            found[record["model"]].append((pixels / 1e6, record[key] / unit))
+    return {model: sorted(line) for model, line in found.items()}
 
 
 def _draw_parts(axes: Axes, rows: Sequence[dict]) -> None:
@@ -62,7 +70,7 @@ def _draw_parts(axes: Axes, rows: Sequence[dict]) -> None:
         left = [a + b for a, b in zip(left, macs, strict=True)]
     for i, total in enumerate(left):
         axes.text(total, i, f"  {total:.0f} G", va="center", fontsize=8.5, color=style.INK)
-    axes.set_yticks(range(len(rows)), [NAMES.get(row["model"], row["model"]) for row in rows])
+    axes.set_yticks(range(len(rows)), [style.NAMES.get(row["model"], row["model"]) for row in rows])
     axes.invert_yaxis()
     axes.grid(False, axis="y")
     axes.set_xlim(0, 1.18 * max(row["macs"] for row in rows) / 1e9)
@@ -80,88 +88,89 @@ def _draw_parts(axes: Axes, rows: Sequence[dict]) -> None:
     axes.set_title(f"MACs by part, {PARTS_SIZE[0]}×{PARTS_SIZE[1]}", pad=20)  # noqa: RUF001
 
 
-def _draw_lines(axes: Axes, rows: Sequence[dict], title: str, unit: str, value: Callable) -> None:
+def _draw_lines(axes: Axes, lines: Lines, title: str, unit: str, colours: dict[str, str]) -> None:
     """One line per model over the picture's size."""
     ends = []
-    colours = _colours(list(dict.fromkeys(row["model"] for row in rows)))
-    for model, colour in colours.items():
-        own = sorted(
-            (row["height"] * row["width"] / 1e6, value(row))
-            for row in rows
-            if row["model"] == model and value(row) is not None
-        )
-        if not own:
-            continue
-        x, y = zip(*own, strict=True)
-        wide = colour == style.ACCENT
-        axes.plot(x, y, "o-", color=colour, linewidth=2.2 if wide else 1.3, markersize=3.5 + wide)
-        ends.append((NAMES.get(model, model), x[-1], y[-1], colour))
+    for model, line in lines.items():
+        colour = colours[model]
+        ours = colour == style.ACCENT
+        x, y = zip(*line, strict=True)
+        axes.plot(x, y, "o-", color=colour, linewidth=2.2 if ours else 1.3, markersize=3.5 + ours)
+        ends.append((style.NAMES.get(model, model), x[-1], y[-1], colour))
     axes.set_title(title)
     axes.set_ylabel(unit)
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
-    sizes = sorted({row["height"] * row["width"] / 1e6 for row in rows})
-    # Names of small sizes would overlap.
-    ticks = [size for size in sizes if size > 0.08 * sizes[-1]]
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    sizes = sorted({x for line in lines.values() for x, _ in line})
+    # The labels of small sizes would overlap.
+    axes.xaxis.set_major_locator(FixedLocator([size for size in sizes if size > 0.08 * sizes[-1]]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2g}"))
     axes.set_xlabel("megapixels")
     style.label_lines(axes, ends)
 
 
-def draw(content: dict, output: Path) -> None:
-    """Draw what a complexity file holds into a picture file.
+@style.styled
+def draw(rows: Sequence[dict], content: dict | None = None) -> Figure:
+    """Draw what was counted and, where there is a file of it, what was measured.
 
     Args:
-        content: as complexity.py writes it: ``device``, ``batch_size``, and ``rows`` with model,
-            height, width, macs, parts and measured. Quantities that no row has get no panel, and
-            the bars by part are drawn for 512x768 rows.
+        rows: as tools.complexity writes them; bars by part are drawn of those of 512x768.
+        content: as tools.benchmark writes it: ``machine``, and ``records`` of the group "variants".
+            A quantity that was not measured gets no panel.
 
     Raises:
         UsageError: there is nothing to draw.
     """
-    rows = content["rows"]
     bars = [row for row in rows if (row["height"], row["width"]) == PARTS_SIZE]
-    several = len({(row["height"], row["width"]) for row in rows}) > 1
-    lines = [line for line in LINES if several and any(line[2](row) is not None for row in rows)]
-    panels = ([None] if bars else []) + lines
-    if not panels:
+    panels = [(counted_lines(rows), "multiply-accumulates", "MACs [T]")]
+    for operation, key, scale, title, unit in MEASURED if content else ():
+        panels.append((measured_lines(content["records"], operation, key, scale), title, unit))
+    # A single size makes no line.
+    panels = [panel for panel in panels if any(len(line) > 1 for line in panel[0].values())]
+    count = bool(bars) + len(panels)
+    if not count:
         raise UsageError("nothing to draw; expected rows of 512x768 or of several sizes (--sweep)")
-    columns = min(2, len(panels))
-    height = -(-len(panels) // columns)
-    with plt.rc_context(style.RC):
-        footer = 0.25 if content.get("device") else 0.0
-        size = (columns * PANEL_WIDTH, height * PANEL_HEIGHT + footer)
-        figure = plt.figure(figsize=size)
-        for i, panel in enumerate(panels):
-            # Fixed places, so that the names beside the axes have room.
-            left, top = (i % columns) * PANEL_WIDTH, (i // columns) * PANEL_HEIGHT
-            start, wide = (0.95, 3.3) if panel is None else (0.6, 2.95)
-            place = (left + start, size[1] - top - PANEL_HEIGHT + 0.5, wide, 2.55)
-            axes = figure.add_axes(
-                (place[0] / size[0], place[1] / size[1], place[2] / size[0], place[3] / size[1])
-            )
-            if panel is None:
-                _draw_parts(axes, bars)
-            else:
-                _draw_lines(axes, rows, *panel)
-        if content.get("device"):
-            text = (
-                f"memory and time: {content['device']}, PyTorch's default flags, "
-                f"batch size {content['batch_size']}"
-            )
-            figure.text(0.01, 0.06 / size[1], text, fontsize=7.5, color=style.MUTED)
-        style.save(figure, output)
-        plt.close(figure)
+    figure, row = style.panels(
+        count, min(2, count), CELL, (0.6, 0.5, 2.95, 2.55), 0.25 if content else 0
+    )
+    if bars:
+        axes = row.pop(0)
+        _, bottom, _, height = axes.get_position().bounds
+        wide = figure.get_figwidth()
+        axes.set_position((0.95 / wide, bottom, 3.3 / wide, height))  # names stand on the left
+        _draw_parts(axes, bars)
+    others = iter(style.OTHERS * len(rows))
+    models = dict.fromkeys(model for lines, _, _ in panels for model in lines)
+    colours = {m: style.ACCENT if "mambavc" in m else next(others) for m in models}
+    for axes, (lines, title, unit) in zip(row, panels, strict=True):
+        _draw_lines(axes, lines, title, unit, colours)
+    if content:
+        machine = content["machine"]
+        default = machine.get("matmul_precision") == "highest"
+        flags = "PyTorch's default flags" if default else "matrix products in TF32"
+        style.note(figure, f"memory and time: {machine['device']}, {flags}, batch size 1")
+    return figure
 
 
 def _check(content: dict) -> None:
     for row in content["rows"]:
-        row["model"], row["height"], row["width"], row["macs"], row["parts"], row["measured"]
+        row["model"], row["height"], row["width"], row["macs"], row["parts"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    style.draw_file("scaling", "complexity.py", "pic/complexity.png", _check, draw, argv)
+    parser = ArgumentParser(
+        prog="python -m tools.figures.scaling",
+        description="Draw what tools.complexity counted and tools.benchmark measured.",
+    )
+    parser.add_argument("counts", type=Path, help="file of tools.complexity --json")
+    parser.add_argument(
+        "records", type=Path, nargs="?", help="file of tools.benchmark --only variants --json"
+    )
+    parser.add_argument("--output", type=Path, default=Path("pic/complexity.png"), metavar="FILE")
+    args = parser.parse_args(argv)
+    rows = style.read_json(args.counts, "tools.complexity", _check)["rows"]
+    records = args.records and style.read_json(args.records, "tools.benchmark", speed.check)
+    style.save(draw(rows, records), args.output)
 
 
 if __name__ == "__main__":

@@ -4,15 +4,14 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 import utils
-from utils import ArgumentParser, UsageError, atomic_write
-
-matplotlib.use("Agg")
+from utils import UsageError
 
 ACCENT = "#D55E00"  # ours; vermilion of Okabe and Ito's palette
 INK = "#222222"
@@ -20,6 +19,8 @@ MUTED = "#767676"
 FAINT = "#D9D9D9"
 # Okabe and Ito's palette in an order that keeps neighbours far apart in lightness.
 OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#8C6D00", "#000000")
+# How figures call the registered networks.
+NAMES = {"mambavc": "MambaVC", "convvc": "CNN variant", "swinvc": "Swin variant"}
 
 RC = {
     "font.family": "DejaVu Sans",
@@ -43,6 +44,40 @@ RC = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
+styled = rc_context(RC)  # decorates a function that draws
+
+
+def panels(
+    count: int,
+    columns: int,
+    cell: tuple[float, float],
+    place: tuple[float, float, float, float],
+    footer: float = 0,
+) -> tuple[Figure, list[Axes]]:
+    """A figure of equal panels, row by row: the figure and its axes.
+
+    Axes stand at fixed places, so that the names beside them have room.
+
+    Args:
+        count, columns: of the panels.
+        cell: width and height of a panel with all that is around its axes, in inches.
+        place: left, bottom, width and height of the axes in their cell, in inches.
+        footer: height of a strip below the panels, in inches.
+    """
+    rows = -(-count // columns)
+    width, height = columns * cell[0], rows * cell[1] + footer
+    left, bottom, wide, high = place
+    figure = Figure((width, height))
+    for i in range(count):
+        x = i % columns * cell[0] + left
+        y = height - (i // columns + 1) * cell[1] + bottom
+        figure.add_axes((x / width, y / height, wide / width, high / height))
+    return figure, figure.axes
+
+
+def note(figure: Figure, text: str) -> None:
+    """Write how it was measured into the lower left corner."""
+    figure.text(0.01, 0.06 / figure.get_figheight(), text, fontsize=7.5, color=MUTED)
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:
@@ -129,68 +164,46 @@ def label_point(axes: Axes, name: str, point: tuple[float, float], colour: str) 
     )
 
 
-def check_output(path: Path) -> str:
-    """The picture format that a path's ending names, if a picture can be written there.
+def check_output(path: Path) -> None:
+    """Make sure that a picture can be written there.
 
     Raises:
         UsageError: the folder does not exist or the ending is not a picture format.
     """
-    kind = path.suffix.lstrip(".").lower()
-    known = Figure().canvas.get_supported_filetypes()
-    if kind not in known:
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in known:
         raise UsageError(f"cannot draw {path}: its ending must be one of {', '.join(known)}")
     utils.check_output(path)
-    return kind
 
 
+@styled
 def save(figure: Figure, path: Path, dpi: int = 200) -> None:
     """Write a figure in the format that the path's ending names, or leave the old file.
 
     Raises:
         UsageError: see `check_output`.
     """
-    kind = check_output(path)
+    check_output(path)
+    kind = path.suffix.lstrip(".").lower()
     # Dates and versions in the file would make every run differ.
     metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    with atomic_write(path) as temporary:
+    with utils.atomic_write(path) as temporary:
         figure.savefig(temporary, format=kind, dpi=dpi, metadata=metadata.get(kind))
 
 
-def draw_file(
-    module: str,
-    script: str,
-    output: str,
-    check: Callable[[dict], object],
-    draw: Callable[[dict, Path], None],
-    argv: Sequence[str] | None,
-) -> None:
-    """Command line of a figure that is made from the JSON file of one script.
+def read_json(path: Path, script: str, check: Callable[[dict], object]) -> dict:
+    """What a program wrote to a file.
 
     Args:
-        module: of this package.
-        script: that writes such files.
-        output: the picture, if the command names no other.
+        script: the program, for the message.
         check: touches all that a content must have; KeyError and TypeError mean that it has not.
-        draw: from the content into a picture file.
-        argv: arguments without the program's name; None for the process's own.
 
     Raises:
         UsageError: the file is missing or holds something else.
     """
-    parser = ArgumentParser(
-        prog=f"python -m tools.figures.{module}",
-        description=f"Draw a file that {script} wrote.",
-    )
-    parser.add_argument("file", type=Path)
-    parser.add_argument(
-        "--output", type=Path, default=Path(output), metavar="FILE", help=f"default: {output}"
-    )
-    args = parser.parse_args(argv)
     try:
-        content = json.loads(args.file.read_text())
+        content = json.loads(path.read_text())
         check(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{args.file} is not a file that {script} --json wrote ({error!r})"
-        ) from None
-    draw(content, args.output)
+        raise UsageError(f"{path} is not a file that {script} --json wrote ({error!r})") from None
+    return content

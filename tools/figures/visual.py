@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
 import utils
-from models import checkpoint as checkpoint_file
-from models import container
+from models import Coder
+from models.checkpoint import build_from_checkpoint, load_checkpoint
 from tools.figures import style
-from tools.figures.scaling import NAMES
 from utils import ArgumentParser, UsageError
 
 QUALITIES = range(1, 96)  # above 95, JPEG grows without a gain
@@ -48,18 +48,8 @@ def at_size(image: Image.Image, num_bytes: int, **options) -> bytes:
     return best
 
 
-@torch.inference_mode()
-def encode_network(model, image: Image.Image, device: torch.device) -> tuple[int, Image.Image]:
-    """Bytes of the network's stream for a picture, and what it decodes to."""
-    x = utils.to_tensor(image)[None].to(device)
-    fingerprint = container.fingerprint(model)
-    stream = container.pack_picture(model.compress(x), fingerprint)
-    decoded = model.decompress(**container.unpack_picture(stream, fingerprint))
-    return len(stream), utils.to_image(decoded["x_hat"][0])
-
-
 def compare(
-    model, name: str, image: Image.Image, device: torch.device
+    coder: Coder, name: str, image: Image.Image, device: torch.device
 ) -> list[tuple[str, Image.Image]]:
     """(caption, picture) of the original, of the network, and of each of `FORMATS` at its rate."""
     pixels = image.width * image.height
@@ -69,60 +59,55 @@ def compare(
         psnr = utils.psnr(original, utils.to_tensor(decoded))
         return f"{name}\n{8 * num_bytes / pixels:.3f} bpp, {psnr:.2f} dB"
 
-    num_bytes, ours = encode_network(model, image, device)
-    rows = [("Original\n24 bpp", image), (caption(name, num_bytes, ours), ours)]
+    stream = coder.encode(original[None].to(device))
+    ours = utils.to_image(coder.decode(stream)[0])
+    rows = [("Original\n24 bpp", image), (caption(name, len(stream), ours), ours)]
     for name, options in FORMATS.items():
-        data = at_size(image, num_bytes, **options)
+        data = at_size(image, len(stream), **options)
         decoded = Image.open(io.BytesIO(data)).convert("RGB")
         rows.append((caption(name, len(data), decoded), decoded))
     return rows
 
 
-def draw(
-    rows: Sequence[tuple[str, Image.Image]], detail: tuple[int, int, int], output: Path
-) -> None:
-    """Draw pictures with captions into a file, below each the detail (left, top, side) enlarged."""
+@style.styled
+def draw(rows: Sequence[tuple[str, Image.Image]], detail: tuple[int, int, int]) -> Figure:
+    """Draw pictures with captions, below each the detail (left, top, side) enlarged."""
     left, top, side = detail
     width, height = rows[0][1].size
-    cell = 2.6
+    cell, head, gap = 2.6, 0.45, 0.06  # inches
     picture = cell * height / width
-    head, gap = 0.45, 0.06
     total = (len(rows) * cell + (len(rows) - 1) * gap, head + picture + gap + cell)
-    with plt.rc_context(style.RC):
-        figure = plt.figure(figsize=total)
+    figure = Figure(total)
 
-        def show(image: Image.Image, x: float, y: float, shape: tuple[float, float], ours: bool):
-            axes = figure.add_axes(
-                (x / total[0], y / total[1], shape[0] / total[0], shape[1] / total[1])
-            )
-            axes.imshow(image, interpolation="nearest", aspect="auto")
-            axes.grid(False)
-            axes.set_xticks([])
-            axes.set_yticks([])
-            for spine in axes.spines.values():
-                spine.set(visible=ours, color=style.ACCENT, linewidth=2)
-            return axes
+    def show(image: Image.Image, x: float, y: float, high: float, ours: bool) -> Axes:
+        axes = figure.add_axes((x / total[0], y / total[1], cell / total[0], high / total[1]))
+        axes.imshow(image, interpolation="nearest", aspect="auto")
+        axes.grid(False)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        for spine in axes.spines.values():
+            spine.set(visible=ours, color=style.ACCENT, linewidth=2)
+        return axes
 
-        for i, (caption, image) in enumerate(rows):
-            x, ours = i * (cell + gap), i == 1
-            axes = show(image, x, cell + gap, (cell, picture), False)
-            axes.add_patch(
-                Rectangle((left, top), side, side, fill=False, edgecolor="white", linewidth=1)
-            )
-            show(image.crop((left, top, left + side, top + side)), x, 0, (cell, cell), ours)
-            figure.text(
-                (x + cell / 2) / total[0],
-                1 - 0.06 / total[1],
-                caption,
-                ha="center",
-                va="top",
-                fontsize=9,
-                linespacing=1.3,
-                color=style.ACCENT if ours else style.INK,
-                fontweight="bold" if ours else "normal",
-            )
-        style.save(figure, output, dpi=140)
-        plt.close(figure)
+    for i, (caption, image) in enumerate(rows):
+        x, ours = i * (cell + gap), i == 1
+        axes = show(image, x, cell + gap, picture, False)
+        axes.add_patch(
+            Rectangle((left, top), side, side, fill=False, edgecolor="white", linewidth=1)
+        )
+        show(image.crop((left, top, left + side, top + side)), x, 0, cell, ours)
+        figure.text(
+            (x + cell / 2) / total[0],
+            1 - 0.06 / total[1],
+            caption,
+            ha="center",
+            va="top",
+            fontsize=9,
+            linespacing=1.3,
+            color=style.ACCENT if ours else style.INK,
+            fontweight="bold" if ours else "normal",
+        )
+    return figure
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -157,13 +142,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--detail {left} {top} {side} is not inside the picture of "
             f"{image.width}x{image.height} pixels"
         )
-    checkpoint = checkpoint_file.load_checkpoint(args.checkpoint)
-    model = checkpoint_file.build_from_checkpoint(checkpoint, args.checkpoint).to(device)
+    checkpoint = load_checkpoint(args.checkpoint)
+    coder = Coder(build_from_checkpoint(checkpoint, args.checkpoint).to(device))
     name = checkpoint.get("model", "mambavc")
-    rows = compare(model, NAMES.get(name, name), image, device)
+    rows = compare(coder, style.NAMES.get(name, name), image, device)
     for caption, _ in rows:
         print(caption.replace("\n", ": "))
-    draw(rows, detail, args.output)
+    style.save(draw(rows, detail), args.output, dpi=140)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,145 @@
+"""Which code runs: every operator of this folder asks here, and nothing else decides.
+
+The scan has the backends of `_BACKENDS`. `triton` and `cpu` are one PyTorch operator
+(`scan_operator`) with a kernel for each device: the name of one asks for its device and for what
+the kernel needs. The stages around the scan run Triton kernels or their formula in PyTorch.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("mambavc")
+
+_VARIABLE = "MAMBAVC_SCAN_BACKEND"
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_wanted: str | None = None  # what `use_backend` has set
+
+
+class _Backend(NamedTuple):
+    """What a way to run the scan needs; None: nothing."""
+
+    device_type: str | None = None
+    package: str | None = None
+    install: str | None = None  # arguments of `pip install` that bring the package
+
+
+_BACKENDS = {
+    "triton": _Backend("cuda", "triton", "triton"),
+    "cpu": _Backend("cpu", "numba", "numba"),
+    "mamba_ssm": _Backend("cuda", "mamba_ssm", "--no-build-isolation -r requirements-cuda.txt"),
+    "reference": _Backend(),
+}
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Let ``auto`` stand for this scan backend, in all threads of the process, until the end.
+
+    It goes before the environment variable, and calls may be nested. ``reference`` turns the
+    kernels of the stages around the scan off too; ``auto`` is the choice by device.
+
+    Raises:
+        ValueError: if there is no backend of that name.
+    """
+    global _wanted
+    _check_name(name)
+    before, _wanted = _wanted, name
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
+def choose_scan(name: str, device_type: str) -> str:
+    """The scan backend that a name, or ``auto``, means for tensors of a device.
+
+    Raises:
+        ValueError: if there is no backend of that name.
+        RuntimeError: if the backend asked for, here or as the meaning of ``auto``, cannot run.
+    """
+    if name == "auto":
+        name = _meaning_of_auto()
+    _check_name(name)
+    if name == "auto":
+        return _automatic(device_type)
+    reason = _why_not(name, device_type)
+    if reason is not None:
+        raise RuntimeError(f"scan backend {name!r} cannot run: {reason}")
+    return name
+
+
+def runs_stage_kernels(device_type: str) -> bool:
+    """Whether the stages around the scan run their Triton kernels on tensors of a device."""
+    return _meaning_of_auto() != "reference" and _why_not("triton", device_type) is None
+
+
+def runs_onednn(x: Tensor) -> bool:
+    """Whether the products with a map go to oneDNN, as convolutions with kernels of 1x1."""
+    return _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
+
+
+def available_backends(device: torch.device | str = "cpu") -> dict[str, str | None]:
+    """Every scan backend by name: None where it runs on tensors of this device, else why not."""
+    device_type = torch.device(device).type
+    return {name: _why_not(name, device_type) for name in _BACKENDS}
+
+
+def check_dtype(name: str, x: Tensor) -> None:
+    """Raise ValueError if no operator of this folder takes a map of x's dtype."""
+    if x.dtype not in _DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+        raise ValueError(f"{name} must be one of {known}, got {x.dtype}; cast it")
+
+
+def _check_name(name: str) -> None:
+    if name != "auto" and name not in _BACKENDS:
+        raise ValueError(f"unknown scan backend {name!r}; choose auto, {', '.join(_BACKENDS)}")
+
+
+def _meaning_of_auto() -> str:
+    return _wanted or os.environ.get(_VARIABLE, "auto")
+
+
+# What is installed and what the log was told are no part of a compiled graph: the compiler asks
+# once, while it traces.
+@torch.compiler.assume_constant_result
+def _why_not(name: str, device_type: str) -> str | None:
+    """None if a backend runs on tensors of a device, else what is missing and what to do."""
+    needed, package, install = _BACKENDS[name]
+    if needed not in (None, device_type):
+        return f"it runs on {needed} tensors only, got {device_type}"
+    if package is not None and not _is_installed(package):
+        return f"{package} is not installed; run: pip install {install}"
+    return None
+
+
+@functools.cache
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@torch.compiler.assume_constant_result
+def _automatic(device_type: str) -> str:
+    return _first_choice(device_type)
+
+
+@functools.cache
+def _first_choice(device_type: str) -> str:
+    """Name of the compiled backend of a device, else ``reference``; logs the choice once."""
+    wanted = {"cuda": "triton", "cpu": "cpu"}.get(device_type, "reference")
+    reason = _why_not(wanted, device_type)
+    if reason is None:
+        logger.info("scan backend for %s tensors: %s", device_type, wanted)
+        return wanted
+    message = "scan backend for %s tensors: reference, which is slow, because %s cannot run: %s"
+    logger.warning(message, device_type, wanted, reason)
+    return "reference"

@@ -1,0 +1,113 @@
+"""SiLU of a depthwise 3x3 convolution: the stage before the scan, as one operator."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry, register_flop_formula
+
+from kernels import backends
+
+__all__ = ["depthwise_conv_silu"]
+
+
+def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """SiLU of a depthwise 3x3 convolution with zero padding 1, channels last.
+
+    Sums are float32 (float64 for float64 maps). Differentiable once in all three arguments, and
+    the same input gives the same bits every time.
+
+    Args:
+        x: (batch, height, width, dim), float32, bfloat16, float16 or float64.
+        weight: (dim, 1, 3, 3), as `torch.nn.Conv2d` with ``groups=dim`` holds it.
+        bias: (dim,). The parameters may have another dtype than x.
+
+    Returns:
+        (batch, height, width, dim) in x's dtype, contiguous.
+
+    Raises:
+        ValueError: if a shape or dtype is not as above.
+    """
+    dim = x.shape[-1]
+    if x.ndim != 4 or weight.shape != (dim, 1, 3, 3) or bias.shape != (dim,):
+        raise ValueError(
+            "expected x (batch, height, width, dim), weight (dim, 1, 3, 3) and bias (dim,), got "
+            f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}"
+        )
+    backends.check_dtype("x", x)
+    if x.numel() > 0 and backends.runs_stage_kernels(x.device.type):
+        return _operator(x.contiguous(), weight.contiguous(), bias.contiguous())
+    return _formula(x, weight, bias)
+
+
+def _formula(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast(x.device.type, enabled=False):  # it would lower the precision
+        image = x.to(dtype).permute(0, 3, 1, 2)
+        pre = F.conv2d(image, weight.to(dtype), bias.to(dtype), padding=1, groups=x.shape[3])
+        y = F.silu(pre, inplace=not pre.requires_grad)
+    return y.permute(0, 2, 3, 1).to(x.dtype).contiguous()
+
+
+# The operators run Triton kernels on whatever device the tensors are: on a GPU, or, for tests, on
+# a CPU in Triton's interpreter. All tensors are contiguous.
+@torch.library.custom_op("mambavc::depthwise_conv_silu", mutates_args=())
+def _operator(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    from kernels.conv_silu_triton import conv_silu_forward
+
+    return conv_silu_forward(x, weight, bias)
+
+
+@_operator.register_fake
+def _operator_shape(x, weight, bias):
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("mambavc::depthwise_conv_silu_backward", mutates_args=())
+def _backward_operator(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from kernels.conv_silu_triton import conv_silu_backward
+
+    return conv_silu_backward(dy, x, weight, bias)
+
+
+@_backward_operator.register_fake
+def _backward_operator_shapes(dy, *inputs):
+    return tuple(torch.empty_like(value) for value in inputs)
+
+
+def _save_inputs(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _gradients(ctx, dy):
+    return _backward_operator(dy.contiguous(), *ctx.saved_tensors)
+
+
+_operator.register_autograd(_gradients, setup_context=_save_inputs)
+
+
+# Where the kernels do not run, the counter sees PyTorch's own convolution, so its formulas are
+# used here too: a network counts the same on every device. SiLU counts as nothing.
+def _channels_first(shape):
+    batch, height, width, dim = shape
+    return batch, dim, height, width
+
+
+@register_flop_formula(torch.ops.mambavc.depthwise_conv_silu)
+def _flops(x_shape, weight_shape, bias_shape, *, out_shape=None, **kwargs) -> int:
+    shape = _channels_first(x_shape)
+    convolution = flop_registry[torch.ops.aten.convolution]
+    return convolution(shape, weight_shape, bias_shape, 1, 1, 1, False, out_val=shape)
+
+
+@register_flop_formula(torch.ops.mambavc.depthwise_conv_silu_backward)
+def _backward_flops(
+    dy_shape, x_shape, weight_shape, bias_shape, *, out_shape=None, **kwargs
+) -> int:
+    shape = _channels_first(x_shape)
+    backward = flop_registry[torch.ops.aten.convolution_backward]
+    return backward(
+        shape, shape, weight_shape, bias_shape, 1, 1, 1, False, 0, shape[1], [True] * 3,
+        out_val=(shape, weight_shape, bias_shape),
+    )  # fmt: skip

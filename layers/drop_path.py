@@ -1,0 +1,33 @@
+"""Stochastic depth (Huang et al., arXiv:1603.09382)."""
+
+import torch.nn as nn
+from torch import Tensor
+
+__all__ = ["DropPath"]
+
+
+class DropPath(nn.Module):
+    """In training, set each sample of a residual branch to zero with a probability.
+
+    The samples that are kept are divided by the probability of that, so that the mean stays.
+    timm has the same layer, but importing it takes seconds.
+
+    Args:
+        drop_prob: from 0 up to, but not, 1.
+    """
+
+    def __init__(self, drop_prob: float = 0.0):
+        super().__init__()
+        if not 0 <= drop_prob < 1:
+            raise ValueError(f"drop_prob must be at least 0 and below 1, got {drop_prob}")
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, ...) to the same shape."""
+        if self.drop_prob == 0 or not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        return x * x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob}"

@@ -1,0 +1,150 @@
+"""Which backend runs: by name, by the environment, inside `use_backend`, by device."""
+
+import logging
+
+import pytest
+import torch
+
+import kernels
+from kernels import backends, selective_scan_2d, use_backend
+
+needs_numba = pytest.mark.skipif(
+    kernels.available_backends("cpu")["cpu"] is not None, reason="needs Numba"
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_choice(monkeypatch):
+    monkeypatch.delenv("MAMBAVC_SCAN_BACKEND", raising=False)
+    backends._first_choice.cache_clear()
+    yield
+    backends._first_choice.cache_clear()
+
+
+def make_inputs():
+    """Arguments of `selective_scan_2d` for a map with 32 channels, 4 states and rank 2."""
+    sizes = [(1, 3, 4, 32), (4, 10, 32), (4, 32, 2), (4, 32), (128, 4), (128,)]
+    return [torch.randn(size) * 0.2 for size in sizes]
+
+
+def without(monkeypatch, *missing):
+    monkeypatch.setattr(backends, "_is_installed", lambda package: package not in missing)
+
+
+@needs_numba
+def test_auto_takes_the_compiled_backend_and_says_so_once(caplog):
+    inputs = make_inputs()
+    with caplog.at_level(logging.INFO, "mambavc"):
+        y = selective_scan_2d(*inputs)
+        selective_scan_2d(*inputs)
+    assert torch.equal(y, selective_scan_2d(*inputs, backend="cpu"))
+    assert [record.getMessage() for record in caplog.records] == [
+        "scan backend for cpu tensors: cpu"
+    ]
+
+
+def test_auto_falls_back_to_the_reference_and_says_why_once(monkeypatch, caplog):
+    without(monkeypatch, "numba")
+    inputs = make_inputs()
+    with caplog.at_level(logging.INFO, "mambavc"):
+        y = selective_scan_2d(*inputs)
+        selective_scan_2d(*inputs)
+    assert torch.equal(y, selective_scan_2d(*inputs, backend="reference"))
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "reference" in record.getMessage()
+    assert "pip install numba" in record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("backend", "missing", "message"),
+    [
+        ("cpu", ["numba"], "'cpu' cannot run: numba is not installed; run: pip install numba"),
+        pytest.param("triton", [], "cuda tensors only, got cpu"),
+        pytest.param("mamba_ssm", [], "cuda tensors only, got cpu"),
+    ],
+)
+def test_a_backend_asked_for_by_name_runs_or_raises(monkeypatch, backend, missing, message):
+    without(monkeypatch, *missing)
+    with pytest.raises(RuntimeError, match=message):
+        selective_scan_2d(*make_inputs(), backend=backend)
+
+
+def test_missing_cuda_packages_are_named_with_their_install_command(monkeypatch):
+    without(monkeypatch, "triton", "mamba_ssm")
+    reasons = kernels.available_backends("cuda")
+    assert "pip install triton" in reasons["triton"]
+    assert "requirements-cuda.txt" in reasons["mamba_ssm"]
+    assert reasons["reference"] is None
+
+
+def test_unknown_backend_lists_the_known():
+    known = "choose auto, triton, cpu, mamba_ssm, reference"
+    with pytest.raises(ValueError, match=f"'cuda'; {known}"):
+        selective_scan_2d(*make_inputs(), backend="cuda")
+
+
+def test_environment_variable_stands_for_auto_only(monkeypatch):
+    inputs = make_inputs()
+    expected = selective_scan_2d(*inputs, backend="reference")
+    monkeypatch.setenv("MAMBAVC_SCAN_BACKEND", "reference")
+    assert torch.equal(selective_scan_2d(*inputs), expected)
+    monkeypatch.setenv("MAMBAVC_SCAN_BACKEND", "fastest")
+    with pytest.raises(ValueError, match="'fastest'"):
+        selective_scan_2d(*inputs)
+    assert torch.equal(selective_scan_2d(*inputs, backend="reference"), expected)
+
+
+def test_use_backend_stands_for_auto_until_it_ends(monkeypatch):
+    monkeypatch.setenv("MAMBAVC_SCAN_BACKEND", "fastest")
+    with use_backend("reference"):
+        assert backends.choose_scan("auto", "cpu") == "reference"
+        with pytest.raises(KeyError), use_backend("auto"):
+            assert backends.choose_scan("auto", "meta") == "reference"
+            assert not backends.runs_stage_kernels("cpu")
+            raise KeyError
+        assert backends.choose_scan("auto", "cuda") == "reference"
+    with pytest.raises(ValueError, match="'fastest'"):
+        backends.choose_scan("auto", "cpu")
+
+
+def test_use_backend_refuses_an_unknown_name_and_one_that_cannot_run():
+    with pytest.raises(ValueError, match="'fastest'; choose auto, triton"), use_backend("fastest"):
+        pass
+    with use_backend("triton"), pytest.raises(RuntimeError, match="cuda tensors only, got cpu"):
+        selective_scan_2d(*make_inputs())
+
+
+def test_reference_turns_the_kernels_of_the_stages_off(monkeypatch):
+    monkeypatch.setattr(backends, "_is_installed", lambda package: True)
+    assert backends.runs_stage_kernels("cuda") and not backends.runs_stage_kernels("cpu")
+    with use_backend("reference"):
+        assert not backends.runs_stage_kernels("cuda")
+    monkeypatch.setenv("MAMBAVC_SCAN_BACKEND", "reference")
+    assert not backends.runs_stage_kernels("cuda")
+    monkeypatch.setenv("MAMBAVC_SCAN_BACKEND", "mamba_ssm")
+    assert backends.runs_stage_kernels("cuda")
+    without(monkeypatch, "triton")
+    assert not backends.runs_stage_kernels("cuda")
+
+
+@needs_numba
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_a_compiled_call_runs_what_is_asked_for_at_its_time(backend):
+    torch._dynamo.reset()
+    inputs = make_inputs()
+    compiled = torch.compile(selective_scan_2d, fullgraph=True, backend="eager")
+    expected = {name: selective_scan_2d(*inputs, backend=name) for name in ("cpu", "reference")}
+    assert not torch.equal(expected["cpu"], expected["reference"])
+    named = "cpu" if backend == "auto" else backend
+    assert torch.equal(compiled(*inputs, backend=backend), expected[named])
+    with use_backend("reference"):
+        named = "reference" if backend == "auto" else backend
+        assert torch.equal(compiled(*inputs, backend=backend), expected[named])
+
+
+def test_available_backends_tells_what_runs_on_cpu_tensors():
+    backends = kernels.available_backends()
+    assert list(backends) == ["triton", "cpu", "mamba_ssm", "reference"]
+    assert backends["reference"] is None
+    assert "cuda" in backends["triton"]

@@ -1,0 +1,317 @@
+"""The Coder: what it decodes is what was encoded, on this device and, if exact, on another."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from conftest import spread_model, tiny_model
+
+import models.entropy
+from models import BitstreamError, Coder, build_model, container
+from models.coding import fingerprint
+from models.entropy import LatentDecoder
+
+EXACT = pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return spread_model()
+
+
+@pytest.fixture(scope="module")
+def coder(model):
+    return Coder(model)
+
+
+# What is coded
+
+
+@EXACT
+@pytest.mark.parametrize("size", [(1, 1), (64, 64), (3, 65), (130, 100)], ids=str)
+@torch.no_grad()
+def test_file_decodes_to_the_estimated_picture(model, exact, size):
+    x = torch.rand(1, 3, *size)
+    coder = Coder(model, exact=exact)
+    data = coder.encode(x)
+    stream = container.unpack(data)
+    assert (stream.height, stream.width, stream.exact) == (*size, exact)
+    assert len(stream.y) > 40, "the test needs symbols other than zero"
+    x_hat = Coder(model, exact=not exact).decode(data)
+    assert x_hat.shape == x.shape
+    assert torch.equal(x_hat, coder.decode(stream))
+    estimated = model(x)["x_hat"].clamp(0, 1)
+    assert estimated.std() > 0.02, "the test needs a picture that is not flat"
+    # Float32 and float64 means may round a latent in ten thousand differently.
+    assert (x_hat - estimated).square().mean() < 1e-4 * estimated.var()
+
+
+@EXACT
+@pytest.mark.parametrize("shape", [(1, 64, 64), (2, 1, 1), (3, 65, 130)], ids=str)
+@torch.no_grad()
+def test_latents_come_back_bit_for_bit(model, shape, exact):
+    """y_hat as the encoder sees it, slice by slice, is what the decoder returns."""
+    seen = []
+
+    class Watched(Coder):
+        def _walk(self, *args):
+            seen.append(super()._walk(*args))
+            return seen[-1]
+
+    batch, height, width = shape
+    coder = Watched(model, exact=exact)
+    stream = coder.compress(torch.rand(batch, 3, height, width))
+    assert [len(strings) for strings in stream["strings"]] == [batch, batch]
+    decoded = coder.decompress(**stream)
+    encoder_side, decoder_side = seen
+    assert encoder_side.abs().max() > 3, "the test needs symbols other than zero"
+    assert torch.equal(encoder_side, decoder_side)
+    assert encoder_side.dtype == (torch.float64 if exact else torch.float32)
+    assert torch.equal(decoded["y_hat"], decoder_side.float())
+    assert decoded["x_hat"].shape == (batch, 3, height, width)
+    assert decoded["x_hat"].min() >= 0
+    assert decoded["x_hat"].max() <= 1
+
+
+@EXACT
+@torch.no_grad()
+def test_coder_can_be_used_again_and_beside_another(model, exact):
+    x, other = torch.rand(2, 3, 70, 64), torch.rand(1, 3, 30, 200)
+    coder = Coder(model, exact=exact)
+    stream = model.compress(x, exact=exact)
+    assert coder.compress(x) == stream
+    Coder(model, exact=not exact).compress(other)
+    coder.compress(other)
+    assert coder.compress(x) == stream
+    x_hat = model.decompress(**stream, exact=exact)["x_hat"]
+    assert torch.equal(coder.decompress(**stream)["x_hat"], x_hat)
+
+
+def test_coder_made_in_inference_mode_serves_outside(model):
+    x = torch.rand(1, 3, 64, 64)
+    with torch.inference_mode():
+        coder = Coder(model)
+        data = coder.encode(x)
+    assert torch.equal(coder.decode(data), Coder(model).decode(data))
+
+
+def test_coding_leaves_the_model_alone():
+    model = tiny_model()
+    before = copy.deepcopy(model.state_dict())
+    coder = Coder(model)
+    coder.decode(coder.encode(torch.rand(1, 3, 64, 64)))
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(value.dtype == before[key].dtype for key, value in after.items())
+    assert all(torch.equal(value, before[key]) for key, value in after.items())
+    model.train()(torch.rand(1, 3, 64, 64))["x_hat"].sum().backward()
+
+
+@torch.no_grad()
+def test_real_rate_is_the_estimated_rate(model):
+    x = torch.rand(1, 3, 128, 192)
+    bits = 8 * sum(len(strings[0]) for strings in model.compress(x)["strings"])
+    estimate = sum(-v.log2().sum().item() for v in model(x)["likelihoods"].values())
+    # 16-bit tables and the coder's state cost under 2 % and 16 bytes. (These latents are not
+    # Gaussian: where the estimate floors likelihoods, coding may need less.)
+    assert bits < estimate * 1.02 + 128
+
+
+@torch.no_grad()
+def test_every_picture_of_a_batch_decodes_alone(coder):
+    stream = coder.compress(torch.rand(3, 3, 64, 64))
+    together = coder.decompress(**stream)["y_hat"]
+    for i in range(3):
+        alone = coder.decompress(
+            [[stream["strings"][0][i]], [stream["strings"][1][i]]],
+            stream["shape"],
+            stream["size"],
+            [stream["guards"][i]],
+            [stream["crcs"][i]],
+        )
+        # A convolution may add up in another order for another batch size.
+        torch.testing.assert_close(alone["y_hat"][0], together[i], rtol=1e-6, atol=1e-6)
+
+
+# How it is coded
+
+
+@torch.no_grad()
+def test_entropy_path_is_computed_in_float64(model):
+    """To float64's precision: what makes a stream decode on any device."""
+    coder = Coder(model)
+    z_hat = torch.randint(-5, 6, (2, 12, 2, 3)).double()
+    exact = coder._exact_slices(z_hat, lambda i, mu, scale: mu.round())
+    double = copy.deepcopy(model).double().slices(z_hat, lambda i, mu, scale: mu.round())
+    torch.testing.assert_close(exact, double, rtol=1e-11, atol=1e-11)
+
+
+class Staged(Coder):
+    """A Coder that tells which stages it runs on what, and spoils their arguments afterwards."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stages = []
+
+    def _run(self, stage, *args):
+        copies = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+        result = stage(*copies)
+        layouts = [(a.stride(), a) if isinstance(a, torch.Tensor) else a for a in args]
+        self.stages.append((getattr(stage, "__name__", "g_s"), layouts))
+        for value in copies:
+            if isinstance(value, torch.Tensor):
+                value.fill_(torch.nan)
+        return result
+
+
+@EXACT
+def test_stages_can_be_replayed_at_both_ends(model, exact):
+    """What CUDA graphs rely on: stages are functions of their arguments alone.
+
+    Both ends of a stream give them arguments of the same layouts and values, so that both run the
+    same kernels and share graphs.
+    """
+    x = torch.rand(1, 3, 100, 190)
+    plain, staged = Coder(model, exact=exact), Staged(model, exact=exact)
+    stream = plain.compress(x)
+    assert staged.compress(x) == stream
+    encoder, staged.stages = staged.stages, []
+    x_hat = staged.decompress(**stream)["x_hat"]
+    assert torch.equal(x_hat, plain.decompress(**stream)["x_hat"])
+    slices = ["transform", *["predict", "correct"] * 5]
+    assert [name for name, _ in encoder] == ["analyse", *slices]
+    assert [name for name, _ in staged.stages] == [*slices, "g_s"]
+    for (_, ours), (_, theirs) in zip(encoder[1:], staged.stages[:-1], strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            if isinstance(a, tuple):
+                assert a[0] == b[0]
+                assert torch.equal(a[1], b[1])
+            else:
+                assert a == b
+
+
+# What is refused
+
+
+def test_coder_needs_eval_mode_tables_and_for_graphs_a_gpu(model):
+    with pytest.raises(ValueError, match=r"training mode; call eval\(\)"):
+        Coder(copy.deepcopy(model).train())
+    with pytest.raises(ValueError, match=r"no CDF tables; call update\(\)"):
+        Coder(build_model("mambavc", N=8, M=20).eval())
+    with pytest.raises(ValueError, match="need a model on a GPU"):
+        Coder(model, graphs=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e12])
+def test_latents_that_cannot_be_coded_are_refused(model, value):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.g_a[-1].bias.fill_(value)
+    with pytest.raises(ValueError, match="latents or their predictions"):
+        Coder(broken).encode(torch.rand(1, 3, 64, 64))
+
+
+def test_picture_beyond_the_format_is_refused_before_it_is_coded(coder):
+    with pytest.raises(BitstreamError, match="outside the limits"):
+        coder.encode(torch.zeros(1, 3, 1, 1).expand(1, 3, 1, 65_536))
+
+
+def test_wrong_symbols_are_never_returned_as_a_picture(coder):
+    stream = coder.compress(torch.rand(2, 3, 64, 64))
+    y_strings, z_strings = stream["strings"]
+    with pytest.raises(BitstreamError):
+        coder.decompress(**{**stream, "strings": [y_strings[::-1], z_strings]})
+
+
+def test_guard_beyond_the_picture_is_refused(coder):
+    stream = container.unpack(coder.encode(torch.rand(1, 3, 20, 20)))
+    symbols = 20 * 4 * 4  # channels of y, rows, columns
+    for position, message in ((symbols, "beyond the picture"), (2**32 - 1, "beyond the picture")):
+        with pytest.raises(BitstreamError, match=message):
+            coder.decode(dataclasses.replace(stream, guards=[*stream.guards, (position, 0)]))
+
+
+def test_file_of_another_model_is_refused_by_name(coder):
+    other = Coder(spread_model(seed=1))
+    data = other.encode(torch.rand(1, 3, 20, 20))
+    names = f"made by model {other.fingerprint.hex()}, this .* {coder.fingerprint.hex()}"
+    with pytest.raises(BitstreamError, match=names):
+        coder.decode(data)
+
+
+def other_device(monkeypatch, error):
+    """From now on decoding finds scales that are off by a relative error."""
+    here = LatentDecoder.table_indexes
+    monkeypatch.setattr(
+        LatentDecoder, "table_indexes", lambda self, scale: here(self, scale * (1 + error))
+    )
+
+
+@pytest.mark.parametrize("error", [0.9, -0.9], ids=["higher", "lower"])
+def test_other_device_with_slightly_other_scales_decodes_the_picture(coder, monkeypatch, error):
+    """A wide guard band stands for the real one, an error within it for another device's."""
+    guard = 1e-2
+    monkeypatch.setattr(models.entropy, "GUARD", guard)
+    stream = container.unpack(coder.encode(torch.rand(1, 3, 128, 128)))
+    expected = coder.decode(stream)
+    assert len(stream.guards) > 5
+    other_device(monkeypatch, error * guard)
+    assert torch.equal(coder.decode(stream), expected)
+    with pytest.raises(BitstreamError, match="the file is damaged"):
+        coder.decode(dataclasses.replace(stream, guards=[]))
+
+
+@pytest.mark.parametrize("error", [0.0, 0.05], ids=["symbols", "scales"])
+def test_fast_file_of_another_machine_is_not_called_damaged(model, monkeypatch, error):
+    coder = Coder(model, exact=False)
+    stream = container.unpack(coder.encode(torch.rand(1, 3, 64, 64)))
+    if error:
+        other_device(monkeypatch, error)
+    else:
+        stream = dataclasses.replace(stream, crc=stream.crc ^ 1)
+    with pytest.raises(BitstreamError, match="decodes on the machine that made it only") as caught:
+        coder.decode(stream)
+    assert "damaged" not in str(caught.value)
+
+
+# The fingerprint
+
+
+def test_fingerprint_is_of_the_values_not_of_how_they_are_stored(model):
+    first = fingerprint(model.state_dict())
+    assert len(first) == 4
+    assert Coder(model).fingerprint == first
+    half = copy.deepcopy(model).half().float()
+    stored_in_half = copy.deepcopy(half).half()
+    assert fingerprint(stored_in_half.state_dict()) == fingerprint(half.state_dict()) != first
+    assert fingerprint(copy.deepcopy(model).double().state_dict()) == first
+    assert fingerprint(copy.deepcopy(model).train().state_dict()) == first
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "g_s.0.weight",
+        "h_scale_s.0.bias",
+        "lrp_transforms.4.4.weight",
+        "entropy_bottleneck.quantiles",
+        "entropy_bottleneck._quantized_cdf",
+        "gaussian_conditional._offset",
+        "gaussian_conditional.scale_table",
+    ],
+)
+def test_fingerprint_covers_all_that_decoding_depends_on(model, name):
+    other = copy.deepcopy(model)
+    state = other.state_dict()
+    state[name][(0,) * state[name].ndim] += 1
+    assert fingerprint(other.state_dict()) != fingerprint(model.state_dict())
+
+
+def test_fingerprint_leaves_the_encoder_free(model):
+    """A better g_a writes files for the decoders that are out there."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.g_a[0].weight += 1
+        other.h_a[0].weight += 1
+    assert fingerprint(other.state_dict()) == fingerprint(model.state_dict())

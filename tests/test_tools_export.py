@@ -1,0 +1,50 @@
+"""Exported weights decode what the checkpoint encoded; what cannot be exported is one line."""
+
+import hashlib
+
+import pytest
+import torch
+from conftest import save_checkpoint, spread_model
+
+import models
+from models.checkpoint import load_checkpoint, load_model
+from tools import export
+from utils import UsageError
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return save_checkpoint(spread_model(), tmp_path / "run.pth.tar")
+
+
+def test_exported_weights_are_those_of_the_checkpoint(tmp_path, checkpoint, capsys):
+    output = tmp_path / "shared.safetensors"
+    export.main([checkpoint, str(output)])
+    digest = hashlib.sha256(output.read_bytes()).hexdigest()
+    assert capsys.readouterr().out == f"{digest}  shared.safetensors\n"
+    before, after = load_checkpoint(checkpoint), load_checkpoint(output)
+    assert (after["model"], after["model_args"]["N"]) == ("mambavc", before["model_args"]["N"])
+    for key, value in before["state_dict"].items():
+        own = after["state_dict"][key]
+        if key.startswith(("entropy_bottleneck.", "gaussian_conditional.")):
+            assert torch.equal(own, value), f"{key}: tables are built from what is kept exactly"
+        else:
+            assert torch.equal(own, value.half().float()), key
+    coder = models.Coder(load_model(output))
+    x = torch.rand(1, 3, 64, 96)
+    assert coder.decode(coder.encode(x)).shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [("nowhere/x.safetensors", "folder .*nowhere does not exist"), ("x.pt", "must end in")],
+)
+def test_an_output_that_cannot_be_written_is_one_line(tmp_path, checkpoint, output, message):
+    with pytest.raises(UsageError, match=message):
+        export.main([checkpoint, str(tmp_path / output)])
+
+
+def test_weights_without_their_network_are_refused(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "x.pth.tar")
+    with pytest.raises(UsageError, match=r"lacks model, model_args; give a file that train\.py"):
+        export.main([str(tmp_path / "x.pth.tar"), str(tmp_path / "x.safetensors")])

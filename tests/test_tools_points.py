@@ -1,0 +1,26 @@
+"""Points of result files side by side."""
+
+import json
+
+import pytest
+
+from tools import points
+from utils import UsageError
+
+
+def test_points_are_listed_with_what_was_measured(tmp_path, capsys):
+    full = {"bpp": [0.5], "psnr-rgb": [33.25], "ms-ssim-rgb": [0.99],
+            "encoding_time": [1.5], "decoding_time": [2.0]}  # fmt: skip
+    for name, results in {"a": full, "b": {"bpp": [0.25], "psnr-rgb": [30]}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"name": name, "results": results}))
+    points.main([str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    header, a, b = capsys.readouterr().out.splitlines()
+    assert " ".join(header.split()) == "file bpp PSNR dB MS-SSIM dB encode s decode s"
+    assert a.split() == ["a", "0.500", "33.250", "20.000", "1.500", "2.000"]
+    assert b.split() == ["b", "0.250", "30.000"]
+
+
+def test_another_file_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text("[]")
+    with pytest.raises(UsageError, match=r"x\.json is not a file that eval\.py"):
+        points.main([str(tmp_path / "x.json")])
