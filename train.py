@@ -375,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         source = state.find_checkpoint(folder, args.checkpoint, args.continue_train)
         checkpoint = load_checkpoint(source) if source else None
-        workers = data.capped_workers(args.num_workers, processes.local_world_size)
+        workers = data.capped_workers(args.num_workers, processes)
         pictures, test_pictures = data.open_dataset(args.dataset, args.cache, processes)
         global_batch = args.batch_size * args.accumulate * processes.world_size
         epoch_steps = len(pictures) / global_batch
@@ -411,19 +411,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
         stop = stack.enter_context(state.sigterm())
+        log = stack.enter_context(RunLog(folder, run, total_steps, args.log_every, processes))
 
         def judge(network: nn.Module) -> Validation:
             # Nothing is worth compiling or tuning for sizes that vary from picture to picture.
             eager = torch.compiler.set_stance("force_eager") if args.compile else nullcontext()
             with eager, torch.backends.cudnn.flags(benchmark=False):
-                return validate(network, test_batches, criterion, processes, stop)
+                found = validate(network, test_batches, criterion, processes, stop)
+            log.skipped(test_batches.problems)
+            return found
 
         def learning_rate(step: int) -> float:
             milestones = [epoch * epoch_steps for epoch in args.lr_epoch]
             factor = lr_factor(step, args.schedule, total_steps, milestones, args.warmup_steps)
             return args.learning_rate * factor
 
-        log = stack.enter_context(RunLog(folder, run, total_steps, args.log_every, processes))
         stopped = train(
             run,
             step,

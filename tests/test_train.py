@@ -2,7 +2,9 @@
 
 import errno
 import math
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from layers import DropPath
 from models import checkpoint as checkpoint_file
 from train import main
 from training import data as training_data
+from training import state
 from training.distributed import GlobalDraws, Processes
 from utils import DataError, UsageError
 
@@ -189,10 +192,10 @@ def test_run_goes_on_on_another_kind_of_device(flags, tmp_path):
     """On GPUs Adam is fused and counts its steps on the device; on CPUs it is neither."""
     main(flags("whole", steps=2))
     main(flags("moved", steps=1))
-    state = load(tmp_path / "moved")
-    for optimizer in (*state["optimizers"].values(), state["aux_optimizer"]):
+    saved = load(tmp_path / "moved")
+    for optimizer in (*saved["optimizers"].values(), saved["aux_optimizer"]):
         optimizer["param_groups"][0]["fused"] = True
-    torch.save(state, tmp_path / "moved" / "0.05" / "checkpoint_latest.pth.tar")
+    torch.save(saved, tmp_path / "moved" / "0.05" / "checkpoint_latest.pth.tar")
     main(flags("moved", "--continue_train", steps=2))
     moved, whole = load(tmp_path / "moved"), load(tmp_path / "whole")
     torch.testing.assert_close(moved["optimizers"], whole["optimizers"], rtol=0, atol=0)
@@ -221,8 +224,8 @@ def test_sigterm_saves_and_ends_the_run_well(flags, tmp_path, monkeypatch, val_e
 
 
 def test_workers_cache_and_recomputation_change_nothing(flags, tmp_path):
-    main(flags("plain", steps=2))
-    main(flags("other", "-n", "2", "--cache", "--grad-checkpoint", steps=2))
+    main(flags("plain", "--ema", "0.5", steps=2))
+    main(flags("other", "--ema", "0.5", "-n", "2", "--cache", "--grad-checkpoint", steps=2))
     assert_same_run(load(tmp_path / "other"), load(tmp_path / "plain"))
 
 
@@ -300,14 +303,13 @@ def own(rank):
     kernel = torch.arange(24.0).view(2, 3, 2, 2) * (rank + 1)
     return [kernel.to(memory_format=torch.channels_last), torch.full((), float(rank))]
 
-processes = Processes(cuda=False)
-tensors = own(processes.rank)
-processes.average(tensors)
-assert all(map(torch.equal, tensors, own(0.5))), tensors
-tensors = own(processes.rank)
-processes.share(tensors)
-assert all(map(torch.equal, tensors, own(0))), tensors
-processes.close()
+with Processes(cuda=False) as processes:
+    tensors = own(processes.rank)
+    processes.average(tensors)
+    assert all(map(torch.equal, tensors, own(0.5))), tensors
+    tensors = own(processes.rank)
+    processes.share(tensors)
+    assert all(map(torch.equal, tensors, own(0))), tensors
 """
 
 
@@ -557,3 +559,244 @@ def test_run_does_not_go_on_with_another_batch_or_optimizer(flags):
     ):
         with pytest.raises(UsageError, match=key):
             main(flags("run", "--continue_train", *options))
+
+
+def test_second_run_in_a_folder_is_refused(flags, tmp_path, capfd):
+    folder = tmp_path / "run" / "0.05"
+    with state.own_folder(folder, is_first=True):
+        half_written = folder / ".checkpoint_latest.pth.tar.1"
+        half_written.touch()
+        # Forked, to be spared the imports.
+        second = multiprocessing.get_context("fork").Process(
+            target=lambda: utils.run_main(lambda: main(flags("run")))
+        )
+        second.start()
+        second.join(60)
+        assert second.exitcode == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert f"another run is training in {folder}" in line
+        assert half_written.exists()
+    main(flags("run", "--no-save", steps=1))
+    assert not half_written.exists()
+
+
+def test_run_that_saves_nothing_leaves_the_checkpoints_of_another(flags, tmp_path):
+    main(flags("run", steps=1))
+    files = sorted((tmp_path / "run" / "0.05").glob("*.pth.tar"))
+    main(flags("run", "--no-save", steps=1))
+    assert sorted((tmp_path / "run" / "0.05").glob("*.pth.tar")) == files
+    assert len(files) == 2
+
+
+def test_best_of_another_loss_is_kept_beside_the_new_one(flags, tmp_path):
+    main(flags("run", steps=1))
+    before = load(tmp_path / "run", "best")
+    options = ["--type", "ms-ssim", "--patch-size", "161", "161"]
+    main(flags("run", "--continue_train", *options, steps=2))
+    (kept,) = (tmp_path / "run" / "0.05").glob("*-checkpoint_*.pth.tar")
+    kept = torch.load(kept, weights_only=True)
+    assert_same_run(kept, before)
+    assert [entry["step"] for entry in load(tmp_path / "run", "best")["history"]] == [2]
+    assert load(tmp_path / "run")["step"] == 2
+
+
+def test_weights_of_a_run_started_anew_in_its_folder_are_kept(flags, tmp_path):
+    """The checkpoint to go on from holds weights only, so the run starts at step 0."""
+    main(flags("run", steps=2))
+    folder = tmp_path / "run" / "0.05"
+    weights = {k: v for k, v in load(tmp_path / "run").items() if k not in ("optimizers", "net")}
+    torch.save(weights, folder / "weights.pth.tar")
+    options = ["--checkpoint", str(folder / "weights.pth.tar"), "--continue_train"]
+    main(flags("run", *options, steps=1))
+    assert load(tmp_path / "run")["step"] == 1
+    (kept,) = folder.glob("*-checkpoint_latest.pth.tar")
+    assert torch.load(kept, weights_only=True)["step"] == 2
+
+
+def test_ema_may_be_added_and_dropped(flags, tmp_path):
+    main(flags("run", steps=1))
+    start = load(tmp_path / "run")["net"]
+    main(flags("run", "--continue_train", "--ema", "0.9", steps=3))
+    end = load(tmp_path / "run")
+    key = "g_a.0.weight"
+    assert not torch.equal(end["ema"][key], end["net"][key])
+    assert (end["ema"][key] - start[key]).norm() < (end["net"][key] - start[key]).norm()
+    main(flags("run", "--continue_train", steps=4))
+    dropped = load(tmp_path / "run")
+    assert dropped["ema"] is None
+    main(flags("run", "--continue_train", "--ema", "0.9", steps=5))
+    assert load(tmp_path / "run")["ema"] is not None
+    assert load(tmp_path / "run")["step"] == 5
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("could not create a primitive"),  # oneDNN's way of saying it
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+    ],
+    ids=["onednn", "cuda", "python"],
+)
+def test_too_little_memory_for_a_validation_leaves_the_state(flags, tmp_path, monkeypatch, error):
+    def measure(a, b):
+        raise error
+
+    options = ["--val-every", "1", "--save-every", "100"]
+    with monkeypatch.context() as patch:
+        patch.setattr(utils, "psnr", measure)
+        with pytest.raises(DataError, match=r"64x64: not enough memory .* --test-batch-size 1"):
+            main(flags("run", *options, steps=2))
+    assert load(tmp_path / "run")["step"] == 1
+    main(flags("run", *options, "--continue_train", steps=2))
+    assert [entry["step"] for entry in load(tmp_path / "run")["history"]] == [1, 2]
+
+
+def test_run_that_is_over_says_so(flags, tmp_path):
+    main(flags("run", steps=2))
+    latest = tmp_path / "run" / "0.05" / "checkpoint_latest.pth.tar"
+    before = latest.read_bytes()
+    for steps in (2, 1):
+        main(flags("run", "--continue_train", steps=steps))
+        log = (tmp_path / "run" / "0.05" / "train.log").read_text()
+        assert f"nothing to do: the run has taken 2 of {steps} steps" in log
+        assert latest.read_bytes() == before
+
+
+def largest_move(before, after, quantiles=False):
+    keys = [k for k in before if before[k].is_floating_point() and before[k].numel()]
+    keys = [k for k in keys if k.endswith("quantiles") == quantiles and "_cdf" not in k]
+    return max((after[key] - before[key]).abs().max().item() for key in keys)
+
+
+def test_learning_rates_and_clipping_are_those_of_the_flags(flags, tiny, tmp_path):
+    """Adam's first step moves each weight by the learning rate or a little less."""
+    start = checkpoint_file.load_model(tiny).state_dict()  # with solved quantiles, of up to 200
+    options = ["--warmup-steps", "9", "--learning-rate", "1e-3", "--aux-learning-rate", "1e-2"]
+    main(flags("run", *options, "--clip_max_norm", "0", steps=1))
+    first = load(tmp_path / "run")["net"]
+    # Weights of about 1 are exact to 6e-8, those quantiles to 8e-6.
+    assert largest_move(start, first) == pytest.approx(1e-4, rel=0.01)
+    assert largest_move(start, first, quantiles=True) == pytest.approx(1e-2, rel=0.01)
+    # The first step of a command that goes on already has its rates.
+    options = ["--learning-rate", "1e-6", "--aux-learning-rate", "1e-9", "--continue_train"]
+    main(flags("run", *options, steps=2))
+    assert 0 < largest_move(first, load(tmp_path / "run")["net"]) < 2e-6
+    assert largest_move(first, load(tmp_path / "run")["net"], quantiles=True) == 0
+    # Gradients far below Adam's epsilon of 1e-8 move nothing.
+    main(flags("clipped", "--clip_max_norm", "1e-12", steps=1))
+    assert largest_move(start, load(tmp_path / "clipped")["net"]) < 1e-6
+    assert largest_move(start, load(tmp_path / "clipped")["net"], quantiles=True) > 1e-4
+
+
+def test_epochs_are_passes_over_the_pictures(flags, tmp_path):
+    """Five pictures in batches of two: epochs end after 2.5 and 5 steps."""
+    command = flags("run", "--epochs", "2", "--lr_epoch", "1")
+    at = command.index("--max-steps")
+    main(command[:at] + command[at + 2 :])
+    assert load(tmp_path / "run")["step"] == 5
+    assert [entry["step"] for entry in load(tmp_path / "run")["history"]] == [3, 5]
+    events = EventAccumulator(str(tmp_path / "run" / "0.05")).Reload()
+    rates = [event.value for event in events.Scalars("train/lr")]
+    assert rates == pytest.approx([1e-4, 1e-4, 1e-4, 1e-5, 1e-5])
+
+
+def test_validation_measures_the_mean_of_the_weights_picture_by_picture(
+    flags, data, tmp_path, monkeypatch
+):
+    root = tmp_path / "data"
+    (root / "test").mkdir(parents=True)
+    (root / "train").symlink_to(data / "train")
+    for name, source in (("a", "0.jpg"), ("b", "0.jpg"), ("c", "1.png")):
+        shutil.copy(data / "test" / source, root / "test" / f"{name}{Path(source).suffix}")
+    validate, sizes = train.validate, []
+
+    def spy(model, batches, *args):
+        sizes.append([len(pixels) for pixels in batches])
+        return validate(model, batches, *args)
+
+    monkeypatch.setattr(train, "validate", spy)
+    options = ["--ema", "0.9", "--learning-rate", "1e-2", "--test-batch-size", "2"]
+    main(flags("run", "-d", str(root), *options, steps=3))
+    assert sizes == [[2, 1]]
+    state_dicts = load(tmp_path / "run")
+    criterion = RateDistortionLoss(0.05)
+    model = models.build_model("mambavc", **state_dicts["model_args"]).eval()
+    losses = {}
+    for key in ("ema", "net"):
+        model.load_state_dict(state_dicts[key])
+        files = sorted((root / "test").iterdir())
+        pictures = [utils.to_tensor(utils.read_image(file))[None] for file in files]
+        with torch.no_grad():
+            terms = [criterion(model(x), x)["loss"].item() for x in pictures]
+        losses[key] = sum(terms) / len(terms)
+    # Convolutions of a batch of two sum in another order.
+    assert state_dicts["history"][0]["loss"] == pytest.approx(losses["ema"], rel=1e-4)
+    assert losses["net"] != pytest.approx(losses["ema"], rel=1e-2)
+
+
+def test_compiled_transforms_are_used_in_training_only(flags, tmp_path, monkeypatch):
+    compiled, calls = [], []
+
+    def compile_(function, **options):
+        compiled.append(options)
+
+        def run(*args):
+            calls.append(torch.is_grad_enabled())
+            return function(*args)
+
+        return run
+
+    main(flags("plain", steps=2))
+    monkeypatch.setattr(torch, "compile", compile_)
+    main(flags("compiled", "--compile", steps=2))
+    assert compiled == [{"dynamic": False}] * 5
+    assert sum(calls) == 5 * 2
+    assert_same_run(load(tmp_path / "compiled"), load(tmp_path / "plain"))
+
+
+class OneWeight(torch.nn.Module):
+    """A codec of one weight, whose gradients are known: x_hat = w x, aux loss = (q - 1)^2."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(0.5))
+        self.q = torch.nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x):
+        return {"x_hat": self.w * x}
+
+    def aux_loss(self):
+        return (self.q - 1) ** 2
+
+
+@pytest.mark.parametrize("clip", [math.inf, 0.01])
+def test_step_is_one_of_the_mean_loss(clip):
+    """However it is parted; with gradient descent, which shows the size of a gradient."""
+    pixels = torch.randint(256, (4, 2, 3, 3), dtype=torch.uint8)
+
+    def criterion(output, x):
+        mse = (output["x_hat"] - x).square().mean()
+        return {"loss": mse, "bpp_loss": mse * 2, "mse_loss": mse}
+
+    x = pixels.double() / 255
+    gradient = (2 * (0.5 * x - x) * x).mean().item()
+    for parts in (1, 2, 4):
+        model = OneWeight()
+        step = train.Step(
+            model,
+            criterion,
+            {"net": torch.optim.SGD([model.w], lr=0.1)},
+            torch.optim.SGD([model.q], lr=0.25),
+            Processes(cuda=False),
+            clip=clip,
+        )
+        measured = step(list(pixels.chunk(parts)))
+        clipped = math.copysign(min(abs(gradient), clip), gradient)
+        assert model.w.item() == pytest.approx(0.5 - 0.1 * clipped, rel=1e-5)
+        assert model.q.item() == pytest.approx(3 - 0.25 * 4)
+        assert measured.grad_norm == pytest.approx(abs(gradient), rel=1e-5)
+        assert measured.mse == pytest.approx((0.25 * x * x).mean().item(), rel=1e-5)
+        assert measured.bpp == pytest.approx(2 * measured.loss)
+        assert measured.is_finite
+        assert model.w.grad is None

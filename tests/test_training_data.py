@@ -93,7 +93,7 @@ def test_unreadable_picture_is_named_and_replaced(files):
     files[1].write_bytes(files[1].read_bytes()[:80])
     crops = Crops(Pictures(files), (16, 24), seed=0)
     crop = crops[0, 1]
-    assert crop.name == files[2].name
+    assert crop.names == [files[2].name]
     assert len(crop.problems) == 1
     assert str(files[1]) in crop.problems[0]
     cached = Pictures(files, cache_threads=2)

@@ -23,16 +23,12 @@ from utils import DataError, UsageError
 logger = logging.getLogger("mambavc")
 
 
-class Crop(NamedTuple):
-    """One training crop: uint8 (height, width, 3), its file, and messages of unreadable files."""
-
-    pixels: Tensor
-    name: str
-    problems: tuple[str, ...]
-
-
 class Batch(NamedTuple):
-    """Collated crops: uint8 (batch, height, width, 3), file names, messages of unreadable files."""
+    """A training crop, or several that the loader has put together.
+
+    ``pixels``: uint8 (height, width, 3), of several with a dimension before it. ``names`` of the
+    files, and ``problems``: a line for each that could not be read in their place.
+    """
 
     pixels: Tensor
     names: list[str]
@@ -69,20 +65,17 @@ class Pictures(Dataset):
     def __init__(self, files: Sequence[Path], cache_threads: int = 0):
         self.files = list(files)
         self.problems: list[str] = []
-        self._cache: list[np.ndarray | None] = []
+        self._cache: list[np.ndarray] = []
         if cache_threads:
             with ThreadPoolExecutor(cache_threads) as pool:
                 decoded = list(pool.map(self._try_read, self.files))
-            self.problems = [result for result in decoded if isinstance(result, str)]
-            self.files = [f for f, d in zip(self.files, decoded, strict=True) if _is_array(d)]
-            self._cache = [result for result in decoded if _is_array(result)]
-            readable = bool(self._cache)
-        else:
-            readable = any(_is_array(self._try_read(file)) for file in self.files)
-        if not readable:
-            folder = files[0].parent
+            self.problems = [each for each in decoded if isinstance(each, str)]
+            self._cache = [each for each in decoded if not isinstance(each, str)]
+            pairs = zip(self.files, decoded, strict=True)
+            self.files = [file for file, each in pairs if not isinstance(each, str)]
+        if not self._cache and all(isinstance(self._try_read(f), str) for f in self.files):
             raise UsageError(
-                f"none of the {len(files)} pictures in {folder} can be read; "
+                f"none of the {len(files)} pictures in {files[0].parent} can be read; "
                 f"the first: {self._try_read(files[0])}"
             )
 
@@ -102,10 +95,6 @@ class Pictures(Dataset):
         return self._cache[index] if self._cache else self._try_read(self.files[index])
 
 
-def _is_array(value: object) -> bool:
-    return isinstance(value, np.ndarray)
-
-
 class Crops(Dataset):
     """Random crops and horizontal flips of pictures.
 
@@ -123,15 +112,15 @@ class Crops(Dataset):
         self.patch_size = patch_size
         self.seed = seed
 
-    def __getitem__(self, key: tuple[int, int]) -> Crop:
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
         epoch, first = key
         problems = []
         for i in range(len(self.pictures)):
             index = (first + i) % len(self.pictures)
             pixels = self.pictures[index]
-            if _is_array(pixels):
+            if not isinstance(pixels, str):
                 crop = self._crop(pixels, np.random.default_rng((self.seed, epoch, first)))
-                return Crop(crop, self.pictures.files[index].name, tuple(problems))
+                return Batch(crop, [self.pictures.files[index].name], problems)
             problems.append(pixels)
         raise DataError(f"no training picture can be read any more; the last: {problems[-1]}")
 
@@ -192,12 +181,10 @@ class CropSampler(Sampler[list[tuple[int, int]]]):
             yield [self._key(position) for position in range(first, first + self.batch_size)]
 
 
-def _collate(crops: Sequence[Crop]) -> Batch:
-    return Batch(
-        torch.stack([crop.pixels for crop in crops]),
-        [crop.name for crop in crops],
-        [problem for crop in crops for problem in crop.problems],
-    )
+def _collate(crops: Sequence[Batch]) -> Batch:
+    pixels, names, problems = zip(*crops, strict=True)
+    chain = itertools.chain.from_iterable
+    return Batch(torch.stack(pixels), list(chain(names)), list(chain(problems)))
 
 
 def _start_worker(worker: int) -> None:
@@ -294,12 +281,7 @@ class WholePictures:
 
 
 def open_dataset(root: Path, cache: bool, processes: Processes) -> tuple[Pictures, Pictures]:
-    """The pictures in the folders ``train`` and ``test``.
-
-    Args:
-        root: of the two folders.
-        cache: decode all of them now and keep them in memory.
-        processes: each of which needs a training picture at least.
+    """The pictures in ROOT/train and ROOT/test; with ``cache`` they are decoded now and kept.
 
     Raises:
         UsageError: a folder is missing, or has too few pictures that can be read.
@@ -317,9 +299,9 @@ def open_dataset(root: Path, cache: bool, processes: Processes) -> tuple[Picture
     return train, test
 
 
-def capped_workers(wanted: int, local_world_size: int) -> int:
-    """Worker processes for one of a machine's processes: as wanted, but at most its CPUs."""
-    workers = min(wanted, available_cpus(local_world_size))
+def capped_workers(wanted: int, processes: Processes) -> int:
+    """Workers to read pictures: as many as wanted, but at most the CPUs of this process."""
+    workers = min(wanted, available_cpus(processes.local_world_size))
     if workers < wanted:
         logger.info("%d workers in place of %d: CPUs per process", workers, wanted)
     return workers

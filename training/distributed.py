@@ -23,7 +23,7 @@ class Processes:
         cuda: each process has a GPU of its own and they talk through NCCL; else through gloo.
 
     Attributes:
-        rank, world_size: place among all processes, and how many they are.
+        rank, world_size: place among all processes, and how many they are; both: ``place``.
         local_world_size: how many of them share this machine.
         device: where this process computes.
 
@@ -34,6 +34,7 @@ class Processes:
     def __init__(self, cuda: bool):
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
+        self.place = (self.rank, self.world_size)
         self.local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         self.device = utils.select_device(cuda)
         if cuda:
@@ -55,11 +56,6 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """Rank and world size."""
-        return self.rank, self.world_size
 
     @property
     def is_first(self) -> bool:

@@ -66,28 +66,21 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         self._redirection.__enter__()
-        run, device = self.run, self.processes.device
+        run, processes = self.run, self.processes
         judged = run.history[-1]["step"] if run.history else 0
         if run.step > self.total_steps or run.step == self.total_steps == judged:
             logger.info(
-                "nothing to do: the run has taken %d of %d steps; give a larger --max-steps or "
-                "--epochs to make it longer",
-                run.step,
-                self.total_steps,
+                f"nothing to do: the run has taken {run.step} of {self.total_steps} steps; give "
+                "a larger --max-steps or --epochs to make it longer"
             )
             return self
+        millions = sum(p.numel() for p in run.model.parameters()) / 1e6
+        device = processes.device
+        place = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU"
         logger.info(
-            "%s, %.2f M parameters, steps %d to %d of %d crops: "
-            "%d process(es) x batch %d x %d, on %s",
-            run.model_name,
-            sum(p.numel() for p in run.model.parameters()) / 1e6,
-            run.step,
-            self.total_steps,
-            run.global_batch,
-            self.processes.world_size,
-            run.flags["batch_size"],
-            run.flags["accumulate"],
-            torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU",
+            f"{run.model_name}, {millions:.2f} M parameters, steps {run.step} to "
+            f"{self.total_steps} of {run.global_batch} crops: {processes.world_size} process(es) "
+            f"x batch {run.flags['batch_size']} x {run.flags['accumulate']}, on {place}"
         )
         return self
 
@@ -116,8 +109,8 @@ class RunLog:
     def not_finite(self, count: int, names: list[str]) -> None:
         """Name the files that may be why the step, ``count`` in a row, is skipped."""
         files = ", ".join(self.processes.gather(names))
-        message = "step %d is not finite and is skipped (%d in a row): %s"
-        logger.warning(message, self.run.step, count, files)
+        step = self.run.step
+        logger.warning(f"step {step} is not finite and is skipped ({count} in a row): {files}")
 
     def step(self, measured: Measured, lr: float, seconds: float, waited: float) -> None:
         """Note a step at learning rate ``lr``; write a line where one is due.
@@ -138,7 +131,7 @@ class RunLog:
         if measured.stop or step == self.total_steps or step % self.every == 0:
             means = {key: statistics.fmean(values) for key, values in self._values.items()}
             self._values.clear()
-            self._line({**means, "lr": lr})
+            self._line(means | {"lr": lr})
 
     def _line(self, means: dict[str, float]) -> None:
         run, device = self.run, self.processes.device
@@ -150,16 +143,9 @@ class RunLog:
         self._scalars("train", means)
         quality = " ".join(f"{k} {means[k]:.4f}" for k in ("loss", "bpp", "psnr") if k in means)
         logger.info(
-            "step %d/%d epoch %.2f %s lr %.2e %.3f s/step %.1f images/s data wait %.0f%%%s",
-            run.step,
-            self.total_steps,
-            run.step / run.epoch_steps,
-            quality,
-            means["lr"],
-            means["step_seconds"],
-            means["images_per_second"],
-            100 * means["data_wait"],
-            memory,
+            f"step {run.step}/{self.total_steps} epoch {run.step / run.epoch_steps:.2f} {quality} "
+            f"lr {means['lr']:.2e} {means['step_seconds']:.3f} s/step "
+            f"{means['images_per_second']:.1f} images/s data wait {means['data_wait']:.0%}{memory}"
         )
 
     def validation(
@@ -202,13 +188,7 @@ def _rate_distortion(history: Sequence[Mapping[str, float]]):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="bits per pixel (estimated)", ylabel="PSNR (dB)", title="validation"
-    )
-    points = axes.scatter(
-        [entry["bpp"] for entry in history],
-        [entry["psnr"] for entry in history],
-        c=[entry["step"] for entry in history],
-    )
-    figure.colorbar(points, label="step")
+    axes = figure.add_subplot(xlabel="bits per pixel (estimated)", ylabel="PSNR (dB)")
+    bpp, psnr, step = ([entry[key] for entry in history] for key in ("bpp", "psnr", "step"))
+    figure.colorbar(axes.scatter(bpp, psnr, c=step), label="step")
     return figure

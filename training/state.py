@@ -6,8 +6,8 @@ import fcntl
 import importlib.metadata
 import logging
 import math
+import platform
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -39,13 +39,10 @@ def checkpoint_path(folder: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def own_folder(folder: Path, is_first: bool) -> Iterator[None]:
-    """Make a run's folder, keep other runs out of it, and send the log there.
+    """Make a run's folder, keep other runs out of it, and send the log of the first process there.
 
     The system takes the lock back when this process ends, in whatever way, and workers forked
     from it do not hold it: a run that was killed can go on at once.
-
-    Args:
-        is_first: this process holds the lock, writes and speaks, of those that share the run.
 
     Raises:
         UsageError: another run is training there, or the folder cannot be written to.
@@ -113,7 +110,7 @@ def build_model(
 
     Args:
         wanted: the flags ``model``, ``N`` and ``M``; None leaves a choice open.
-        checkpoint: whose weights to start from, read from the file ``source``.
+        checkpoint: read from the file ``source``.
 
     Returns:
         Its registered name, and the network in training mode on the device.
@@ -226,32 +223,34 @@ class Run:
         if "optimizers" not in checkpoint:
             logger.info("%s holds weights only: starting at step 0", source)
             return
-        for key, before, now in (
-            ("optimizer", checkpoint["args"]["optimizer"], self.flags["optimizer"]),
-            ("global_batch", checkpoint["global_batch"], self.global_batch),
-        ):
-            if now != before:
+        before = {**checkpoint["args"], "global_batch": checkpoint["global_batch"]}
+        now = {**self.flags, "global_batch": self.global_batch}
+        for key in ("optimizer", "global_batch"):
+            if now[key] != before[key]:
                 raise UsageError(
-                    f"the run cannot go on with another {key}: it was {before} and is now {now} "
-                    "(global_batch: processes x --batch-size x --accumulate); leave out "
-                    "--continue_train to start a new run from its weights"
+                    f"the run cannot go on with another {key}: it was {before[key]} and is now "
+                    f"{now[key]} (global_batch: processes x --batch-size x --accumulate); leave "
+                    "out --continue_train to start a new run from its weights"
                 )
         self.model.load_state_dict(checkpoint["net"])
         if self.ema:  # it starts from the weights of a run that kept none
             self.ema.module.load_state_dict(checkpoint["ema"] or checkpoint["net"])
-        for name, optimizer in self.net_optimizers.items():
-            _restore_optimizer(optimizer, checkpoint["optimizers"][name])
-        _restore_optimizer(self.aux_optimizer, checkpoint["aux_optimizer"])
+        saved = {**checkpoint["optimizers"], "aux": checkpoint["aux_optimizer"]}
+        for name, optimizer in {**self.net_optimizers, "aux": self.aux_optimizer}.items():
+            for group, own in zip(saved[name]["param_groups"], optimizer.param_groups, strict=True):
+                # How a device steps is its own matter: a run may go on with another one.
+                group |= {key: own[key] for key in ("lr", "fused", "foreach") if key in own}
+            optimizer.load_state_dict(saved[name])
         self.step = checkpoint["step"]
         self._superseded = {checkpoint_path(source.parent, "latest")} & {source}
         # Losses of another definition are not to be compared with.
-        if all(checkpoint["args"][key] == self.flags[key] for key in ("lmbda", "type")):
+        if all(now[key] == before[key] for key in ("lmbda", "type")):
             self.best_loss = checkpoint["best_loss"]
             self.history = checkpoint["history"]
             self._superseded.add(checkpoint_path(source.parent, "best"))
         torch.set_rng_state(checkpoint["rng"]["cpu"])
-        if self.device.type == "cuda" and "cuda" in checkpoint["rng"]:
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], self.device)
+        if torch.cuda.is_initialized() and "cuda" in checkpoint["rng"]:
+            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
         logger.info("going on at step %d", self.step)
 
     def keep_earlier_checkpoints(self) -> None:
@@ -280,13 +279,11 @@ class Run:
         Raises:
             DataError: nothing could be written and it ``must``.
         """
-        before = self.best_loss
-        if loss < before:  # never of a NaN
-            self.best_loss = loss
+        before, self.best_loss = self.best_loss, min(self.best_loss, loss)
         if self.folder is None:
             return
         # The best first: killed in between, the run repeats the steps that found it.
-        names = ("best", "latest") if loss < before else ("latest",)
+        names = ("best", "latest") if self.best_loss < before else ("latest",)
         state = self._checkpoint()
         try:
             for name in names:
@@ -296,18 +293,11 @@ class Run:
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             if name == "best":
                 self.best_loss = before
-            reason = str(error).partition("\n")[0]
-            message = (
-                f"cannot write {path} at step {self.step} (is the disk full?): {reason}; "
-                "the last one is kept"
-            )
+            reason = f"is the disk full?): {error}".partition("\n")[0]
+            message = f"cannot write {path} at step {self.step} ({reason}; the last one is kept"
             if must:
                 raise DataError(message) from None
             logger.error("%s; trying again at the next save", message)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     def _checkpoint(self) -> dict:
         """Everything that a killed run needs to go on as if nothing had happened.
@@ -315,8 +305,9 @@ class Run:
         Its values are those that `torch.load` reads with ``weights_only=True``.
         """
         rng = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        if torch.cuda.is_initialized():
+            rng["cuda"] = torch.cuda.get_rng_state()
+        versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
         return {
             "model": self.model_name,
             "model_args": self.model.config,
@@ -332,16 +323,5 @@ class Run:
             "history": self.history,
             "rng": rng,
             "args": self.flags,
-            "versions": {
-                "python": sys.version.split()[0],
-                "torch": str(torch.__version__),
-                "compressai": importlib.metadata.version("compressai"),
-            },
+            "versions": {**versions, "compressai": importlib.metadata.version("compressai")},
         }
-
-
-def _restore_optimizer(optimizer: Optimizer, state: dict) -> None:
-    """Load an optimiser's moments; its learning rates, and how its device steps, stay its own."""
-    for group, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        group |= {key: own[key] for key in ("lr", "fused", "foreach") if key in own}
-    optimizer.load_state_dict(state)
