@@ -364,7 +364,7 @@ def train(
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    from compressai.losses import RateDistortionLoss  # after --help, which need not wait for it
+    from layers.compressai import RateDistortionLoss  # after --help, which need not wait for it
 
     with ExitStack() as stack:
         processes = stack.enter_context(Processes(args.cuda))

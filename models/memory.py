@@ -28,7 +28,10 @@ def check_memory(model: SliceHyperprior, height: int, width: int) -> None:
     """
     if model.entropy_bottleneck.quantiles.device.type != "cpu":
         return
-    needed = BYTES_PER_PIXEL_AND_N[type(model).__name__] * model.config["N"] * height * width
+    # A network of the user's own is taken for the one of ours that takes most.
+    most = max(BYTES_PER_PIXEL_AND_N.values())
+    factor = BYTES_PER_PIXEL_AND_N.get(type(model).__name__, most)
+    needed = factor * model.config["N"] * height * width
     free = free_memory()
     if needed > free:
         raise DataError(

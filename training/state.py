@@ -159,7 +159,7 @@ def prepare_transforms(
 
 def state_dict_with_tables(model: nn.Module) -> dict[str, Tensor]:
     """State dict with CDF tables, built on copies so that training is not disturbed."""
-    from compressai.models import CompressionModel
+    from layers.compressai import CompressionModel
 
     coder = CompressionModel()
     coder.entropy_bottleneck = copy.deepcopy(model.entropy_bottleneck)
