@@ -13,7 +13,6 @@ import copy
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn as nn
@@ -21,13 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.graphs import Replay
+from layers.compressai import CompressionModel
 
 from . import container
 from .container import BitstreamError, Stream
 from .entropy import LatentDecoder, LatentEncoder, LatentTables, SlicePredictor
-
-if TYPE_CHECKING:
-    from .base import SliceHyperprior
 
 __all__ = ["Coder", "fingerprint"]
 
@@ -47,7 +44,7 @@ class Coder:
     make another Coder once the weights have changed.
 
     Args:
-        model: in eval mode, with CDF tables, on the device that is to code.
+        model: a `SliceHyperprior` in eval mode, with CDF tables, on the device that is to code.
         exact: how `compress` and `encode` run the entropy path, and how `decompress` assumes that
             it was run: in float64, so that any device decodes the stream, or as the model is, for
             decoding on the same machine only.
@@ -59,7 +56,7 @@ class Coder:
             graphs are asked for on a CPU.
     """
 
-    def __init__(self, model: SliceHyperprior, *, exact: bool = True, graphs: bool = False):
+    def __init__(self, model: CompressionModel, *, exact: bool = True, graphs: bool = False):
         if model.training:
             raise ValueError("the model is in training mode; call eval() before coding")
         if graphs and model.entropy_bottleneck.quantiles.device.type != "cuda":
