@@ -97,7 +97,9 @@ FAULTS = [
     ),
     Fault("training/log.py", "if run.step > self.total_steps or", "if", TRAIN, "is_over"),
     # Other runs' files.
-    Fault("training/state.py", "fcntl.lockf(file", "int(0 or", TRAIN, "second_run"),
+    Fault(
+        "training/state.py", "fcntl.LOCK_EX | fcntl.LOCK_NB", "fcntl.LOCK_UN", TRAIN, "second_run"
+    ),
     Fault(
         "train.py",
         "folder if args.save and processes",
