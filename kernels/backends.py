@@ -40,6 +40,14 @@ _BACKENDS = {
 }
 
 
+# Looked up here and not when asked for, so that a compiler sees a constant.
+_INSTALLED = {None} | {
+    backend.package
+    for backend in _BACKENDS.values()
+    if backend.package and importlib.util.find_spec(backend.package)
+}
+
+
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Let ``auto`` stand for this scan backend, in all threads of the process, until the end.
@@ -109,37 +117,30 @@ def _meaning_of_auto() -> str:
     return _wanted or os.environ.get(_VARIABLE, "auto")
 
 
-# What is installed and what the log was told are no part of a compiled graph: the compiler asks
-# once, while it traces.
-@torch.compiler.assume_constant_result
 def _why_not(name: str, device_type: str) -> str | None:
     """None if a backend runs on tensors of a device, else what is missing and what to do."""
     needed, package, install = _BACKENDS[name]
     if needed not in (None, device_type):
         return f"it runs on {needed} tensors only, got {device_type}"
-    if package is not None and not _is_installed(package):
+    if package not in _INSTALLED:
         return f"{package} is not installed; run: pip install {install}"
     return None
 
 
-@functools.cache
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
-@torch.compiler.assume_constant_result
 def _automatic(device_type: str) -> str:
-    return _first_choice(device_type)
-
-
-@functools.cache
-def _first_choice(device_type: str) -> str:
-    """Name of the compiled backend of a device, else ``reference``; logs the choice once."""
+    """Name of the compiled backend of a device, else ``reference``."""
     wanted = {"cuda": "triton", "cpu": "cpu"}.get(device_type, "reference")
     reason = _why_not(wanted, device_type)
+    if not torch.compiler.is_compiling():  # which could not trace a log
+        _log_choice(device_type, wanted, reason)
+    return wanted if reason is None else "reference"
+
+
+@functools.cache
+def _log_choice(device_type: str, wanted: str, reason: str | None) -> None:
+    """Say once which backend ``auto`` stands for."""
     if reason is None:
         logger.info("scan backend for %s tensors: %s", device_type, wanted)
-        return wanted
-    message = "scan backend for %s tensors: reference, which is slow, because %s cannot run: %s"
-    logger.warning(message, device_type, wanted, reason)
-    return "reference"
+    else:
+        message = "scan backend for %s tensors: reference, which is slow, because %s cannot run: %s"
+        logger.warning(message, device_type, wanted, reason)

@@ -16,9 +16,9 @@ needs_numba = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def fresh_choice(monkeypatch):
     monkeypatch.delenv("MAMBAVC_SCAN_BACKEND", raising=False)
-    backends._first_choice.cache_clear()
+    backends._log_choice.cache_clear()
     yield
-    backends._first_choice.cache_clear()
+    backends._log_choice.cache_clear()
 
 
 def make_inputs():
@@ -28,7 +28,7 @@ def make_inputs():
 
 
 def without(monkeypatch, *missing):
-    monkeypatch.setattr(backends, "_is_installed", lambda package: package not in missing)
+    monkeypatch.setattr(backends, "_INSTALLED", backends._INSTALLED - set(missing))
 
 
 @needs_numba
@@ -116,7 +116,8 @@ def test_use_backend_refuses_an_unknown_name_and_one_that_cannot_run():
 
 
 def test_reference_turns_the_kernels_of_the_stages_off(monkeypatch):
-    monkeypatch.setattr(backends, "_is_installed", lambda package: True)
+    packages = {backend.package for backend in backends._BACKENDS.values()}
+    monkeypatch.setattr(backends, "_INSTALLED", packages)
     assert backends.runs_stage_kernels("cuda") and not backends.runs_stage_kernels("cpu")
     with use_backend("reference"):
         assert not backends.runs_stage_kernels("cuda")
