@@ -17,48 +17,48 @@ _INPUTS = ", ".join(f"Tensor {name}" for name in ScanInputs._fields)
 _GRADIENTS = ", ".join(["Tensor"] * len(ScanInputs._fields))
 
 
-@torch.library.custom_op(
-    "mambavc::scan_2d", mutates_args=(), device_types="cpu", schema=f"({_INPUTS}) -> Tensor"
-)
-def scan_2d(*inputs: Tensor) -> Tensor:
-    from kernels.scan_cpu import scan_2d_forward
-
-    return scan_2d_forward(ScanInputs(*inputs))
+# Not by `torch.library.custom_op`, whose first call imports PyTorch's compiler: seconds.
+torch.library.define("mambavc::scan_2d", f"({_INPUTS}) -> Tensor")
+torch.library.define("mambavc::scan_2d_backward", f"(Tensor dy, {_INPUTS}) -> ({_GRADIENTS})")
+scan_2d = torch.ops.mambavc.scan_2d
+scan_2d_backward = torch.ops.mambavc.scan_2d_backward
 
 
-@scan_2d.register_kernel("cuda")
-def _scan_2d_cuda(*inputs):
-    from kernels.scan_triton import scan_2d_forward
+@torch.library.impl("mambavc::scan_2d", "cpu")
+def _forward_on_cpu(*inputs: Tensor) -> Tensor:
+    from kernels import scan_cpu
 
-    return scan_2d_forward(ScanInputs(*inputs))
+    return scan_cpu.scan_2d_forward(ScanInputs(*inputs))
 
 
-@scan_2d.register_fake
-def _scan_2d_shape(x, *others):
+@torch.library.impl("mambavc::scan_2d", "cuda")
+def _forward_on_cuda(*inputs: Tensor) -> Tensor:
+    from kernels import scan_triton
+
+    return scan_triton.scan_2d_forward(ScanInputs(*inputs))
+
+
+@torch.library.impl("mambavc::scan_2d_backward", "cpu")
+def _backward_on_cpu(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    from kernels import scan_cpu
+
+    return tuple(scan_cpu.scan_2d_backward(dy, ScanInputs(*inputs)))
+
+
+@torch.library.impl("mambavc::scan_2d_backward", "cuda")
+def _backward_on_cuda(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    from kernels import scan_triton
+
+    return tuple(scan_triton.scan_2d_backward(dy, ScanInputs(*inputs)))
+
+
+@torch.library.register_fake("mambavc::scan_2d")
+def _forward_shape(x: Tensor, *others: Tensor) -> Tensor:
     return _empty(x)
 
 
-@torch.library.custom_op(
-    "mambavc::scan_2d_backward",
-    mutates_args=(),
-    device_types="cpu",
-    schema=f"(Tensor dy, {_INPUTS}) -> ({_GRADIENTS})",
-)
-def scan_2d_backward(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    from kernels.scan_cpu import scan_2d_backward as run
-
-    return tuple(run(dy, ScanInputs(*inputs)))
-
-
-@scan_2d_backward.register_kernel("cuda")
-def _scan_2d_backward_cuda(dy, *inputs):
-    from kernels.scan_triton import scan_2d_backward as run
-
-    return tuple(run(dy, ScanInputs(*inputs)))
-
-
-@scan_2d_backward.register_fake
-def _scan_2d_backward_shapes(dy, *inputs):
+@torch.library.register_fake("mambavc::scan_2d_backward")
+def _backward_shapes(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(_empty(value) for value in inputs)
 
 
@@ -74,7 +74,12 @@ def _gradients(ctx, dy):
     return scan_2d_backward(dy.contiguous(), *ctx.saved_tensors)
 
 
-scan_2d.register_autograd(_gradients, setup_context=_save_inputs)
+def _refuse(ctx, *gradients):
+    raise RuntimeError("scan_2d_backward has no gradients of its own; use backend='reference'")
+
+
+torch.library.register_autograd("mambavc::scan_2d", _gradients, setup_context=_save_inputs)
+torch.library.register_autograd("mambavc::scan_2d_backward", _refuse)
 
 
 def scan_macs(batch: int, height: int, width: int, dim: int, dstate: int, dt_rank: int) -> int:
