@@ -49,7 +49,7 @@ class DataError(Exception):
 def run_main(main: Callable[[], None]) -> None:
     """Run a program's main function; expected errors become one line and an exit code."""
     # Ended like this, and not at once, the program removes its temporary files.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     if isinstance(sys.stdout, io.TextIOWrapper):
         # File names may hold bytes that the output's encoding has no character for.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -68,6 +68,8 @@ def run_main(main: Callable[[], None]) -> None:
         # not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: object, code: int) -> int:

@@ -293,8 +293,11 @@ class Run:
         except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
             if name == "best":
                 self.best_loss = before
-            reason = f"is the disk full?): {error}".partition("\n")[0]
-            message = f"cannot write {path} at step {self.step} ({reason}; the last one is kept"
+            reason = str(error).partition("\n")[0]
+            message = (
+                f"cannot write {path} at step {self.step} (is the disk full?): {reason}; "
+                "the last one is kept"
+            )
             if must:
                 raise DataError(message) from None
             logger.error("%s; trying again at the next save", message)
