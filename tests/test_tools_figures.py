@@ -310,19 +310,23 @@ def test_the_kept_measurements_fill_every_panel():
 
 
 def test_speed_has_a_panel_for_each_quantity(tmp_path):
-    def record(backend, height, group="scaling", **values):
-        name = f"forward {height}x768" + (" graph" if group == "network" else "")
+    def record(backend, height, group="network", graph="", **values):
+        name = f"forward {height}x768{graph}"
         return {"group": group, "name": name, "backend": backend, **values}
 
     records = [
         record(backend, height, median_ms=factor * height, peak_mib=height)
         for backend, factor in (("triton", 1), ("mamba_ssm", 3)) for height in (1024, 512)
     ]  # fmt: skip
-    records += [record("auto", height, "network", median_ms=height) for height in (512, 1024)]
+    records += [record("triton", h, graph=" graph", median_ms=h) for h in (512, 1024)]
+    records += [record("triton", h, "variants", median_ms=7 * h) for h in (512, 1024)]
+    # As in older files, whose passes by backend were a group "scaling".
+    records += [record("auto", height, median_ms=5 * height) for height in (512, 1024)]
+    records += [record("published", h, "scaling", median_ms=9 * h) for h in (512, 1024)]
     records += [record("triton", 2048, error="out of memory")]
     found = speed.lines(records, "median_ms")
     assert found["mamba-ssm's scan"] == [(512 * 768 / 1e6, 1536), (1024 * 768 / 1e6, 3072)]
-    assert len(found) == 3
+    assert found.keys() == {"ours", "mamba-ssm's scan", "ours, CUDA graph", "published code"}
     assert len(speed.lines(records, "peak_mib")) == 2
     time, memory = speed.draw({"machine": MACHINE, "records": records}).axes
     assert (time.get_ylabel(), memory.get_ylabel()) == ("ms", "GiB")
@@ -331,6 +335,7 @@ def test_speed_has_a_panel_for_each_quantity(tmp_path):
         ("-", (512 * size, 512), (1024 * size, 1024)),
         ("-", (512 * size, 1536), (1024 * size, 3072)),
         ("--", (512 * size, 512), (1024 * size, 1024)),
+        ("-", (512 * size, 4608), (1024 * size, 9216)),
     ]
     assert named(time)["ours, CUDA graph"] == style.ACCENT
     assert drawn_line(memory.lines[0]) == [(512 * size, 0.5), (1024 * size, 1)]

@@ -1,7 +1,9 @@
 """One look for all figures: colours that colour-blind readers tell apart, labels at the lines."""
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from matplotlib import rc_context
@@ -46,6 +48,8 @@ RC = {
 }
 styled = rc_context(RC)  # decorates a function that draws
 
+Lines = dict[str, list[tuple[float, float]]]  # (megapixels, value), smallest first, by name
+
 
 def panels(
     count: int,
@@ -78,6 +82,40 @@ def panels(
 def note(figure: Figure, text: str) -> None:
     """Write how it was measured into the lower left corner."""
     figure.text(0.01, 0.06 / figure.get_figheight(), text, fontsize=7.5, color=MUTED)
+
+
+def lines_over_pixels(points: Iterable[tuple[str, int, float]]) -> Lines:
+    """A line for each name, of its (name, pixels, value); one size alone makes no line."""
+    found: Lines = defaultdict(list)
+    for name, pixels, value in points:
+        found[name].append((pixels / 1e6, value))
+    return {name: sorted(line) for name, line in found.items() if len(line) > 1}
+
+
+def colours(names: Iterable[str], ours: str) -> dict[str, str]:
+    """Colours of names: the accent for those that contain `ours`, one of its own for each other."""
+    others = itertools.cycle(OTHERS)
+    return {name: ACCENT if ours in name else next(others) for name in dict.fromkeys(names)}
+
+
+def draw_lines(
+    axes: Axes, lines: Lines, colours: dict[str, str], title: str, unit: str
+) -> list[tuple[str, float, float, str]]:
+    """Draw lines over megapixels, dashed where a CUDA graph is measured.
+
+    Returns:
+        What `label_lines` needs.
+    """
+    ends = []
+    for name, line in lines.items():
+        colour = colours[name]
+        look = {"linewidth": 2.2 if colour == ACCENT else 1.3, "color": colour}
+        axes.plot(*zip(*line, strict=True), "o--" if "graph" in name else "o-", **look)
+        ends.append((NAMES.get(name, name), *line[-1], colour))
+    axes.set_title(title)
+    axes.set_ylabel(unit)
+    axes.set_xlabel("megapixels")
+    return ends
 
 
 def spread(positions: Sequence[float], gap: float) -> list[float]:
