@@ -119,57 +119,39 @@ def _rises(values: np.ndarray) -> bool:
     return bool((np.diff(values) > 0).all())
 
 
-def _common(anchor: np.ndarray, curve: np.ndarray) -> list[float] | None:
+def _common(anchor: np.ndarray, curve: np.ndarray) -> tuple[float, float] | None:
     """Ends of the interval of quality at which two curves are compared, if there is one.
 
     They are equal for a curve of one point; an anchor has more.
     """
     low, high = max(anchor.min(), curve.min()), min(anchor.max(), curve.max())
     comparable = low < high or (low == high and len(anchor) > len(curve) == 1)
-    return [float(low), float(high)] if comparable else None
+    return (low, high) if comparable else None
 
 
-def bd_table(anchor: Curve, curves: Sequence[Curve], method: str = "pchip") -> list[dict]:
-    """BD-rates of all curves, best first by PSNR.
+def bd_table(anchor: Curve, curves: Sequence[Curve], method: str = "pchip") -> str:
+    """BD-rates of all curves as a Markdown table, best first by PSNR.
 
-    Returns:
-        Rows with ``name``, ``psnr`` and ``ms-ssim`` (percent or None) and ``psnr_interval``, the
-        dB that both curves cover (of equal ends for one point; None where they do not overlap).
+    "over" is the interval of PSNR that both curves cover.
     """
     rows = []
     for curve in curves:
+        rates = [bd_rate(anchor, curve, metric, method) for metric in QUALITY]
+        psnr, ms_ssim = ("" if math.isnan(rate) else f"{rate:+.2f} %" for rate in rates)
         interval = _common(anchor.quality["psnr"], curve.quality["psnr"])
-        row: dict = {"name": curve.name, "psnr_interval": interval}
-        for metric in QUALITY:
-            value = bd_rate(anchor, curve, metric, method)
-            row[metric] = None if math.isnan(value) else value
-        rows.append(row)
-    return sorted(rows, key=lambda row: math.inf if row["psnr"] is None else row["psnr"])
-
-
-def format_table(rows: Sequence[dict], anchor: Curve, method: str) -> str:
-    """The rows of `bd_table` as a Markdown table."""
-
-    def percent(value: float | None) -> str:
-        return "" if value is None else f"{value:+.2f} %"
-
-    lines = [
-        f"BD-rate against {anchor.name} ({method})",
-        "",
-        "| codec | BD-rate, PSNR | over | BD-rate, MS-SSIM |",
-        "|---|---:|---:|---:|",
-    ]
-    for row in rows:
-        interval = row["psnr_interval"]
         if interval is None:
             over = "no overlap"
         elif interval[0] == interval[1]:
             over = f"at {interval[0]:.2f} dB"
         else:
             over = f"{interval[0]:.1f} to {interval[1]:.1f} dB"
-        psnr, ms_ssim = percent(row["psnr"]), percent(row["ms-ssim"])
-        lines.append(f"| {row['name']} | {psnr} | {over} | {ms_ssim} |")
-    return "\n".join(lines)
+        rows.append((rates[0], f"| {curve.name} | {psnr} | {over} | {ms_ssim} |"))
+    rows.sort(key=lambda row: math.inf if math.isnan(row[0]) else row[0])
+    head = (
+        f"BD-rate against {anchor.name} ({method})\n\n"
+        "| codec | BD-rate, PSNR | over | BD-rate, MS-SSIM |\n|---|---:|---:|---:|"
+    )
+    return "\n".join([head, *(line for _, line in rows)])
 
 
 def _through(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -317,8 +299,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     anchor = load_curve(args.anchor)
     others = [load_curve(source) for source in args.curves if source != args.anchor]
     ours = [load_curve(source) for source in args.ours]
-    rows = bd_table(anchor, [*ours, *others], args.method)
-    print(format_table(rows, anchor, args.method))
+    print(bd_table(anchor, [*ours, *others], args.method))
     if args.output is not None:
         figure = draw(ours, others, anchor, args.panels, bpp=tuple(args.bpp), title=args.title)
         style.save(figure, args.output)

@@ -7,6 +7,7 @@
 """
 
 import argparse
+import bisect
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,16 +37,12 @@ def encode_pillow(image: Image.Image, quality: int, **options) -> bytes:
 
 def at_size(image: Image.Image, num_bytes: int, **options) -> bytes:
     """The best quality of a format that takes at most this many bytes, or else its smallest."""
-    low, high = QUALITIES.start, QUALITIES.stop - 1
-    best = encode_pillow(image, low, **options)
-    while low < high:
-        middle = (low + high + 1) // 2
-        data = encode_pillow(image, middle, **options)
-        if len(data) <= num_bytes:
-            low, best = middle, data
-        else:
-            high = middle - 1
-    return best
+
+    def size(quality: int) -> int:
+        return len(encode_pillow(image, quality, **options))
+
+    fitting = bisect.bisect_right(QUALITIES, num_bytes, key=size)
+    return encode_pillow(image, QUALITIES[max(fitting - 1, 0)], **options)
 
 
 def compare(
