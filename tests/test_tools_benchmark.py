@@ -96,7 +96,7 @@ def test_networks_run_on_a_backend_that_passed(monkeypatch):
 
 
 def test_a_failure_is_recorded_without_a_time():
-    bench = benchmark.Bench(CPU, 0.01)
+    bench = benchmark.Bench(CPU, ["cpu"], 0.01)
 
     def fail():
         raise RuntimeError("no room\nand more")
@@ -111,7 +111,7 @@ def test_memory_is_that_of_the_measured_function():
     """256 MiB that are held for a moment show up once, and are forgotten by the next."""
     if benchmark.reset_peak(CPU) is None:
         pytest.skip("this system does not tell the peak of a process's memory")
-    bench = benchmark.Bench(CPU, 0.01)
+    bench = benchmark.Bench(CPU, ["cpu"], 0.01)
     bench.run("operator", "large", "cpu", lambda: torch.ones(2**26).sum())
     bench.run("operator", "small", "cpu", lambda: None)
     large, small = bench.records
@@ -122,7 +122,7 @@ def test_memory_is_that_of_the_measured_function():
 
 
 def test_passes_are_measured_apart_and_together():
-    bench = benchmark.Bench(CPU, 0.01)
+    bench = benchmark.Bench(CPU, ["cpu"], 0.01)
     x = torch.rand(10, requires_grad=True)
     benchmark.bench_passes(bench, "operator", "square", "cpu", lambda: x * x, [x], floor_ms=1)
     names = [record["name"] for record in bench.records]
@@ -145,7 +145,7 @@ def test_what_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):
     def no_room(*args):
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(benchmark, "bench_block", no_room)
+    monkeypatch.setitem(benchmark.GROUPS, "block", no_room)
     file = tmp_path / "b.json"
     benchmark.main(["--only", "block", "network", *TINY_FLAGS, "--json", str(file)])
     content = json.loads(file.read_text())

@@ -38,9 +38,7 @@ from train import Step
 from training.distributed import Processes
 from training.optim import make_optimizers
 
-GROUPS = ("operator", "block", "network", "training", "codec", "variants")
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative errors of float32 against float64
-REPLAY_TOLERANCE = 1e-2  # of a picture: a latent may round the other way
 MIB = 2**20
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -69,27 +67,6 @@ ON_GPU = Work(
 ON_CPU = Work(
     maps=((1, 64, 96),), pictures=((128, 256), (256, 384)), crops=((64, 64),), batches=(1,)
 )
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = utils.ArgumentParser(
-        prog="python -m tools.benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    networks.add_flags(parser)
-    parser.add_argument("--cuda", action="store_true", help="run on the GPU")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="groups to run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all records to this file")
-    parser.add_argument(
-        "--default-precision",
-        action="store_true",
-        help="keep PyTorch's default float32 matrix products instead of TF32 ones",
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=2.0, help="time to spend on one measurement (default: 2)"
-    )
-    return parser.parse_args(argv)
 
 
 def reset_peak(device: torch.device) -> int | None:
@@ -124,17 +101,20 @@ class Bench:
 
     Args:
         device: where the functions run.
+        backends: of the scan, the best first; those that there are to compare.
         seconds: to spend on one measurement.
     """
 
-    def __init__(self, device: torch.device, seconds: float):
+    def __init__(self, device: torch.device, backends: Sequence[str], seconds: float):
         self.device = device
+        self.cuda = device.type == "cuda"
+        self.backends = backends
         self.seconds = seconds
         self.records: list[dict] = []
 
     def _once(self, function: Callable[[], object]) -> float:
         """Milliseconds of one call."""
-        if self.device.type == "cuda":
+        if self.cuda:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             function()
@@ -164,7 +144,7 @@ class Bench:
         self.records.append(record)
         label = f"{group:<9} {extra.get('model', '')} {name}".ljust(50) + f" {backend:<10}"
         try:
-            for _ in range(4 if self.device.type == "cuda" else 1):  # tuning and, by then, graphs
+            for _ in range(4 if self.cuda else 1):  # tuning and, by then, graphs
                 self._once(function)
             held = reset_peak(self.device)
             warm = self._once(function)
@@ -296,33 +276,34 @@ def bench_passes(
     bench.run(group, f"{name} fwd+bwd", backend, both)
 
 
-def bench_operator(bench: Bench, backends: Sequence[str], dim: int, shapes: Shapes) -> None:
-    """The scan, of maps with `dim` channels."""
-    cuda = bench.device.type == "cuda"
-    for shape in [(*shape, dim) for shape in shapes]:
+def bench_operator(bench: Bench, work: Work, name: str, make: MakeModel) -> None:
+    """The scan, of maps with as many channels as in the network."""
+    dim = 4 * make().config["N"]
+    for shape in [(*shape, dim) for shape in work.maps]:
         arguments = scan_arguments(*shape, bench.device)
-        name = "scan " + "x".join(map(str, shape))
-        floor = {"floor_ms": exponential_floor(*shape)} if cuda else {}
-        for backend in backends:
+        label = "scan " + "x".join(map(str, shape))
+        floor = {"floor_ms": exponential_floor(*shape)} if bench.cuda else {}
+        for backend in bench.backends:
             # The step-by-step reference takes minutes at full size.
             if backend == "reference" and math.prod(shape) > 64 * 96 * 512:
                 continue
             scan = functools.partial(kernels.selective_scan_2d, *arguments, backend=backend)
-            bench_passes(bench, "operator", name, backend, scan, arguments, **floor)
+            bench_passes(bench, "operator", label, backend, scan, arguments, **floor)
 
 
-def bench_block(bench: Bench, backends: Sequence[str], dim: int, shapes: Shapes) -> None:
-    """SS2D, on maps with `dim` channels."""
-    for shape in shapes:
+def bench_block(bench: Bench, work: Work, name: str, make: MakeModel) -> None:
+    """SS2D, on maps with as many channels as in the network."""
+    dim = 2 * make().config["N"]
+    for shape in work.maps:
         block = SS2D(dim).to(bench.device)
         u = torch.randn(*shape, dim, device=bench.device, requires_grad=True)
-        name = f"SS2D {dim} " + "x".join(map(str, shape))
-        for backend in backends:
-            if backend == "reference" and bench.device.type == "cuda":
+        label = f"SS2D {dim} " + "x".join(map(str, shape))
+        for backend in bench.backends:
+            if backend == "reference" and bench.cuda:
                 continue
             forward = functools.partial(block, u)
             with kernels.use_backend(backend):
-                bench_passes(bench, "block", name, backend, forward, [u, *block.parameters()])
+                bench_passes(bench, "block", label, backend, forward, [u, *block.parameters()])
 
 
 def picture(height: int, width: int, device: torch.device) -> Tensor:
@@ -331,59 +312,36 @@ def picture(height: int, width: int, device: torch.device) -> Tensor:
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
 
 
-def bench_network(
-    bench: Bench, backends: Sequence[str], name: str, make: MakeModel, sizes: Sizes
-) -> None:
+def bench_network(bench: Bench, work: Work, name: str, make: MakeModel) -> None:
     """Forward passes over one picture of each size, on a GPU also from a CUDA graph."""
     model = make()
     # The reference would take minutes; mamba-ssm's copies of the maps grow too large.
     largest = {"reference": 100_000, "mamba_ssm": 3_000_000}
-    for backend, (height, width) in itertools.product(backends, sizes):
+    for backend, (height, width) in itertools.product(bench.backends, work.pictures):
         if height * width > largest.get(backend, math.inf):
             continue
         x = picture(height, width, bench.device)
-        work = f"forward {height}x{width}"
+        label = f"forward {height}x{width}"
         with torch.inference_mode(), kernels.use_backend(backend):
-            bench.run("network", work, backend, functools.partial(model, x), model=name)
-            if bench.device.type == "cuda" and backend == backends[0]:
-                replay = checked_replay(model, x)
-                bench.run("network", f"{work} graph", backend, replay, graphed=True, model=name)
+            bench.run("network", label, backend, functools.partial(model, x), model=name)
+            if bench.cuda and backend == bench.backends[0]:
+                replay = functools.partial(Replay(), model, x)
+                bench.run("network", f"{label} graph", backend, replay, graphed=True, model=name)
 
 
-def checked_replay(model: models.SliceHyperprior, x: Tensor) -> Callable[[], None]:
-    """The network's forward pass from a CUDA graph.
-
-    Raises:
-        RuntimeError: at the third call, if it replays something else.
-    """
-    replay = Replay()
-    results: list[Tensor] = []
-
-    def run() -> None:
-        x_hat = replay(model, x)["x_hat"]
-        if len(results) < 3:  # launched as usual; captured and replayed; replayed
-            results.append(x_hat)
-            error = relative_error(x_hat, results[0].double())
-            if not error < REPLAY_TOLERANCE:
-                raise RuntimeError(f"relative error {error:.1e} of the replay")
-
-    return run
-
-
-def bench_training(
-    bench: Bench, backend: str, name: str, make: MakeModel, sizes: Sizes, batches: Sequence[int]
-) -> None:
+def bench_training(bench: Bench, work: Work, name: str, make: MakeModel) -> None:
     """One step of training on a batch of crops, without reading pictures; on a GPU in all ways."""
-    cases = [(batch, False, False, "adam") for batch in batches]
-    if bench.device.type == "cuda":
+    cases = [(batch, False, False, "adam") for batch in work.batches]
+    if bench.cuda:
         both = (False, True)
-        cases = list(itertools.product(batches, both, both, ("adam",)))
-        cases += itertools.product(batches[:1], (True,), both, ("muon",))
-    for (height, width), (batch, amp, graphed, optimizer) in itertools.product(sizes, cases):
+        cases = list(itertools.product(work.batches, both, both, ("adam",)))
+        cases += itertools.product(work.batches[:1], (True,), both, ("muon",))
+    for (height, width), case in itertools.product(work.crops, cases):
+        batch, amp, graphed, optimizer = case
         step = training_step(make(), batch, height, width, amp, graphed, optimizer)
         words = [f"step {batch}x{height}x{width}", "bf16" if amp else "float32"]
         words += ["graph"] * graphed + [optimizer] * (optimizer != "adam")
-        bench.run("training", " ".join(words), backend, step, graphed=graphed, model=name)
+        bench.run("training", " ".join(words), bench.backends[0], step, graphed=graphed, model=name)
 
 
 def training_step(
@@ -405,17 +363,15 @@ def training_step(
     return functools.partial(step, [crops])
 
 
-def bench_codec(bench: Bench, backend: str, name: str, make: MakeModel, sizes: Sizes) -> None:
+def bench_codec(bench: Bench, work: Work, name: str, make: MakeModel) -> None:
     """One picture of each size to bytes and back."""
-    model = make()
-    modes = itertools.product(
-        (False, True) if bench.device.type == "cuda" else (False,), (True, False)
-    )
-    for (height, width), (graphed, exact) in itertools.product(sizes, list(modes)):
+    model, best = make(), bench.backends[0]
+    modes = itertools.product(work.whole, (False, True) if bench.cuda else (False,), (True, False))
+    for (height, width), graphed, exact in modes:
         encode, decode = coding(model, picture(height, width, bench.device), exact, graphed)
         mode = f"{height}x{width} {'exact' if exact else 'fast'}{' graph' if graphed else ''}"
-        for work, function in (("compress", encode), ("decompress", decode)):
-            bench.run("codec", f"{work} {mode}", backend, function, graphed=graphed, model=name)
+        bench.run("codec", f"compress {mode}", best, encode, graphed=graphed, model=name)
+        bench.run("codec", f"decompress {mode}", best, decode, graphed=graphed, model=name)
 
 
 def coding(
@@ -428,21 +384,29 @@ def coding(
     return encode, lambda: coder.decompress(**encoded())
 
 
-def bench_variants(bench: Bench, backend: str, name: str, make: MakeModel, sizes: Sizes) -> None:
+def bench_variants(bench: Bench, work: Work, name: str, make: MakeModel) -> None:
     """Forward pass, encoding, decoding and training step of a whole picture of each size."""
-    for height, width in sizes:
+    run = functools.partial(bench.run, "variants", backend=bench.backends[0], model=name)
+    for height, width in work.whole:
+        size = f"{height}x{width}"
         model, x = make(), picture(height, width, bench.device)
-
-        def run(work: str, function: Callable[[], object], size: str = f"{height}x{width}") -> None:
-            bench.run("variants", f"{work} {size}", backend, function, model=name)
-
         with torch.inference_mode():
-            run("forward", functools.partial(model, x))
+            run(f"forward {size}", function=functools.partial(model, x))
         encode, decode = coding(model, x)
-        run("encode", encode)
-        run("decode", decode)
+        run(f"encode {size}", function=encode)
+        run(f"decode {size}", function=decode)
         del model, encode, decode
-        run("step", training_step(make(), 1, height, width))
+        run(f"step {size}", function=training_step(make(), 1, height, width))
+
+
+GROUPS = {
+    "operator": bench_operator,
+    "block": bench_block,
+    "network": bench_network,
+    "training": bench_training,
+    "codec": bench_codec,
+    "variants": bench_variants,
+}
 
 
 def print_ratios(records: Sequence[dict]) -> None:
@@ -487,6 +451,29 @@ def machine(device: torch.device) -> dict:
     return record
 
 
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = utils.ArgumentParser(
+        prog="python -m tools.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    networks.add_flags(parser)
+    parser.add_argument("--cuda", action="store_true", help="run on the GPU")
+    parser.add_argument(
+        "--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups to run"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all records to this file")
+    parser.add_argument(
+        "--default-precision",
+        action="store_true",
+        help="keep PyTorch's default float32 matrix products instead of TF32 ones",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="time to spend on one measurement (default: 2)"
+    )
+    return parser.parse_args(argv)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     utils.setup_logging()
@@ -500,7 +487,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise utils.DataError(
             "no backend of the scan gives right results here; nothing is measured"
         )
-    best = backends[0]
     if not args.default_precision:
         torch.set_float32_matmul_precision("high")
 
@@ -510,42 +496,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         maps = [(1, max(height // 2, 1), max(width // 2, 1)) for height, width in sizes]
         work = Work(maps, sizes, sizes, work.batches, sizes)
 
-    def build(name: str) -> models.SliceHyperprior:
+    def make(name: str) -> models.SliceHyperprior:
         model = networks.build(name, args.N, args.M)
         model.update()
         return model.to(device)
 
-    def named(names: Sequence[str]) -> list[tuple[str, MakeModel]]:
-        return [(Path(name).name, functools.partial(build, name)) for name in names]
-
-    nets = named(args.models or networks.PAPER[:1])
-    variants = named(args.models or networks.PAPER)
-    width = 2 * nets[0][1]().config["N"]  # channels of the transforms' maps; the scan has twice
-
-    bench = Bench(device, args.seconds)
+    bench = Bench(device, backends, args.seconds)
     record = {"machine": machine(device), "records": bench.records}
     print(json.dumps(record["machine"]))
-    runs: dict[str, list[Callable[[], None]]] = {
-        "operator": [lambda: bench_operator(bench, backends, 2 * width, work.maps)],
-        "block": [lambda: bench_block(bench, backends, width, work.maps)],
-        "network": [lambda n=n: bench_network(bench, backends, *n, work.pictures) for n in nets],
-        "training": [
-            lambda n=n: bench_training(bench, best, *n, work.crops, work.batches) for n in nets
-        ],
-        "codec": [lambda n=n: bench_codec(bench, best, *n, work.whole) for n in nets],
-        "variants": [lambda n=n: bench_variants(bench, best, *n, work.whole) for n in variants],
-    }
-    for group, run in [(name, run) for name in args.only for run in runs[name]]:
-        try:
-            with kernels.use_backend(best):
-                run()
-        except (RuntimeError, ValueError) as error:  # memory, for one; others may have room
-            reason = first_line(error)
-            bench.records.append({"group": group, "name": "rest", "error": reason})
-            print(f"{group:<9} the rest failed: {reason}")
-        if args.json:
-            with utils.atomic_write(args.json) as path:
-                path.write_text(json.dumps(record, indent=1) + "\n")
+    for group in args.only:
+        names = args.models or (networks.PAPER if group == "variants" else networks.PAPER[:1])
+        if group in ("operator", "block"):  # they take from a network the number of channels only
+            names = names[:1]
+        for name in names:
+            try:
+                with kernels.use_backend(backends[0]):
+                    GROUPS[group](bench, work, Path(name).name, functools.partial(make, name))
+            except (RuntimeError, ValueError) as error:  # memory, for one; others may have room
+                reason = first_line(error)
+                bench.records.append({"group": group, "name": "rest", "error": reason})
+                print(f"{group:<9} the rest failed: {reason}")
+            if args.json:
+                with utils.atomic_write(args.json) as path:
+                    path.write_text(json.dumps(record, indent=1) + "\n")
     print_ratios(bench.records)
 
 
