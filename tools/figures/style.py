@@ -6,11 +6,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from scipy.optimize import isotonic_regression
 
 import utils
 from utils import UsageError
@@ -118,30 +120,17 @@ def draw_lines(
     return ends
 
 
-def spread(positions: Sequence[float], gap: float) -> list[float]:
+def spread(positions: Sequence[float], gap: float) -> np.ndarray:
     """Move positions as little as possible so that neighbours are at least `gap` apart.
 
-    The order of the positions is kept. Positions that touch form a group, which stays centred on
-    the mean of where its members want to be.
+    The order of the positions is kept; the sum of the squares of the moves is the smallest.
     """
-    order = sorted(range(len(positions)), key=lambda i: positions[i])
-    groups: list[tuple[float, list[int]]] = []  # (centre, members)
-    for i in order:
-        centre, members = positions[i], [i]
-        while groups:
-            before, others = groups[-1]
-            if centre - before >= gap * (len(members) + len(others)) / 2:
-                break
-            groups.pop()
-            total = before * len(others) + centre * len(members)
-            members = others + members
-            centre = total / len(members)
-        groups.append((centre, members))
-    result = list(positions)
-    for centre, members in groups:
-        for rank, i in enumerate(members):
-            result[i] = centre + gap * (rank - (len(members) - 1) / 2)
-    return result
+    order = np.argsort(positions, kind="stable")
+    steps = gap * np.arange(len(positions))
+    moved = np.empty(len(positions))
+    # Less the gaps that are to lie before them, positions need only not fall.
+    moved[order] = isotonic_regression(np.array(positions)[order] - steps).x + steps
+    return moved
 
 
 def label_lines(
