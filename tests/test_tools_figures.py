@@ -279,11 +279,15 @@ def test_what_was_counted_and_measured_is_drawn(tmp_path):
     assert "a GPU, PyTorch's default flags" in figure.texts[0].get_text()
 
 
-def test_counts_alone_are_drawn_too(tmp_path):
-    assert len(scaling.draw(complexity_rows()).axes) == 2
-    assert len(scaling.draw(complexity_rows()[1::2]).axes) == 1, "one size makes no line"
-    with pytest.raises(UsageError, match="nothing to draw"):
-        scaling.draw(complexity_rows()[:1])
+def test_counts_without_bars_are_refused():
+    with pytest.raises(UsageError, match="512x768"):
+        scaling.draw(complexity_rows()[::2], {"machine": MACHINE, "records": []})
+
+
+def test_what_was_not_measured_gets_no_panel():
+    content = {"machine": MACHINE, "records": []}
+    assert len(scaling.draw(complexity_rows(), content).axes) == 2
+    assert len(scaling.draw(complexity_rows()[1::2], content).axes) == 1, "one size makes no line"
 
 
 def test_the_kept_measurements_fill_every_panel():
@@ -344,7 +348,7 @@ def test_a_file_that_is_no_complexity_is_refused(tmp_path, content):
     if content is not None:
         path.write_text(content)
     with pytest.raises(UsageError, match=r"x\.json is not a file"):
-        scaling.main([str(path), "--output", str(tmp_path / "x.png")])
+        scaling.main([str(path), str(path), "--output", str(tmp_path / "x.png")])
 
 
 # Receptive fields

@@ -1,8 +1,8 @@
 """Time and memory of the scan, the SS2D block, the networks and the codec on this machine.
 
 Every backend of the scan that can run here is measured side by side in one run, after a check
-against the float64 reference; a backend that fails the check gets no times. Networks, training and
-codec run on the first backend that passes. Random weights, random inputs.
+against the float64 reference; a backend that fails the check gets no times. Training, codec
+and variants run on the first backend that passes. Random weights, random inputs.
 
 Groups: operator (the scan), block (SS2D), network (forward passes by size and backend), training
 (optimiser steps), codec (pictures to bytes and back), variants (passes, coding and steps of the

@@ -10,7 +10,6 @@
 import inspect
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path as FilePath
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,7 +18,7 @@ from matplotlib.path import Path
 
 from models import MambaVC
 from tools.figures import style
-from utils import ArgumentParser, run_main
+from utils import run_main
 
 WIDTH, HEIGHT = 11.5, 7.6  # inches, and the units of all coordinates below
 
@@ -266,12 +265,7 @@ def draw() -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(
-        prog="python -m tools.figures.architecture", description="Draw the diagram of the network."
-    )
-    parser.add_argument(
-        "--output", type=FilePath, default=FilePath("pic/architecture.png"), metavar="FILE"
-    )
+    parser = style.parser("architecture", "Draw the diagram of the network.")
     style.save(draw(), parser.parse_args(argv).output)
 
 

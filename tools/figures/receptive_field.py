@@ -26,7 +26,7 @@ import models
 import utils
 from models.checkpoint import build_from_checkpoint, load_checkpoint
 from tools.figures import style
-from utils import ArgumentParser, UsageError
+from utils import UsageError
 
 SHARES = (0.5, 0.9, 0.99)
 FLOOR = 1e-5  # of the peak; what is below is drawn in the darkest colour
@@ -132,9 +132,8 @@ def draw(fields: dict[str, np.ndarray]) -> Figure:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog="python -m tools.figures.receptive_field",
-        description="Draw the effective receptive fields of trained networks.",
+    parser = style.parser(
+        "receptive_field", "Draw the effective receptive fields of trained networks."
     )
     parser.add_argument(
         "inputs", nargs="+", type=Path, help="checkpoints, or one .npz file that --save wrote"
@@ -145,9 +144,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--save", type=Path, metavar="FILE.npz", help="write the fields here")
-    parser.add_argument(
-        "--output", type=Path, default=Path("pic/receptive_field.png"), metavar="FILE"
-    )
     args = parser.parse_args(argv)
     measured = args.inputs[0].suffix != ".npz"
     if measured and args.data is None:

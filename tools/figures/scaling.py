@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from tools.figures import speed, style
-from utils import ArgumentParser, UsageError, run_main
+from utils import UsageError, run_main
 
 # What the bars are split into, in the order they are stacked.
 PARTS = {
@@ -99,42 +99,37 @@ def _draw_lines(
 
 
 @style.styled
-def draw(rows: Sequence[dict], content: dict | None = None) -> Figure:
-    """Draw what was counted and, where there is a file of it, what was measured.
+def draw(rows: Sequence[dict], content: dict) -> Figure:
+    """Draw what was counted and what was measured.
 
     Args:
-        rows: as tools.complexity writes them; bars by part are drawn of those of 512x768.
+        rows: as tools.complexity --sweep writes them; bars by part are drawn of those of 512x768.
         content: as tools.benchmark writes it: ``machine``, and ``records`` of the group "variants".
             A quantity that was not measured gets no panel.
 
     Raises:
-        UsageError: there is nothing to draw.
+        UsageError: rows of 512x768 are missing.
     """
     bars = [row for row in rows if (row["height"], row["width"]) == PARTS_SIZE]
+    if not bars:
+        raise UsageError("nothing was counted at 512x768; draw a file of tools.complexity --sweep")
     panels = [(counted_lines(rows), "multiply-accumulates", "MACs [T]")]
-    for operation, key, scale, title, unit in MEASURED if content else ():
+    for operation, key, scale, title, unit in MEASURED:
         panels.append((measured_lines(content["records"], operation, key, scale), title, unit))
     panels = [panel for panel in panels if panel[0]]
-    count = bool(bars) + len(panels)
-    if not count:
-        raise UsageError("nothing to draw; expected rows of 512x768 or of several sizes (--sweep)")
-    figure, row = style.panels(
-        count, min(2, count), CELL, (0.6, 0.5, 2.95, 2.55), 0.25 if content else 0
-    )
-    if bars:
-        axes = row.pop(0)
-        _, bottom, _, height = axes.get_position().bounds
-        wide = figure.get_figwidth()
-        axes.set_position((0.95 / wide, bottom, 3.3 / wide, height))  # names stand on the left
-        _draw_parts(axes, bars)
+    place = (0.6, 0.5, 2.95, 2.55)
+    figure, (axes, *others) = style.panels(1 + len(panels), 2, CELL, place, footer=0.25)
+    _, bottom, _, height = axes.get_position().bounds
+    wide = figure.get_figwidth()
+    axes.set_position((0.95 / wide, bottom, 3.3 / wide, height))  # names stand on the left
+    _draw_parts(axes, bars)
     colours = style.colours((model for lines, _, _ in panels for model in lines), "mambavc")
-    for axes, (lines, title, unit) in zip(row, panels, strict=True):
+    for axes, (lines, title, unit) in zip(others, panels, strict=True):
         _draw_lines(axes, lines, colours, title, unit)
-    if content:
-        machine = content["machine"]
-        default = machine.get("matmul_precision") == "highest"
-        flags = "PyTorch's default flags" if default else "matrix products in TF32"
-        style.note(figure, f"memory and time: {machine['device']}, {flags}, batch size 1")
+    machine = content["machine"]
+    default = machine.get("matmul_precision") == "highest"
+    flags = "PyTorch's default flags" if default else "matrix products in TF32"
+    style.note(figure, f"memory and time: {machine['device']}, {flags}, batch size 1")
     return figure
 
 
@@ -144,18 +139,14 @@ def _check(content: dict) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(
-        prog="python -m tools.figures.scaling",
-        description="Draw what tools.complexity counted and tools.benchmark measured.",
+    parser = style.parser(
+        "scaling", "Draw what tools.complexity counted and tools.benchmark measured.", "complexity"
     )
     parser.add_argument("counts", type=Path, help="file of tools.complexity --json")
-    parser.add_argument(
-        "records", type=Path, nargs="?", help="file of tools.benchmark --only variants --json"
-    )
-    parser.add_argument("--output", type=Path, default=Path("pic/complexity.png"), metavar="FILE")
+    parser.add_argument("records", type=Path, help="of tools.benchmark --only variants --json")
     args = parser.parse_args(argv)
     rows = style.read_json(args.counts, "tools.complexity", _check)["rows"]
-    records = args.records and style.read_json(args.records, "tools.benchmark", speed.check)
+    records = style.read_json(args.records, "tools.benchmark", speed.check)
     style.save(draw(rows, records), args.output)
 
 

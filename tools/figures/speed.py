@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from tools.figures import style
-from utils import ArgumentParser, UsageError, run_main
+from utils import UsageError, run_main
 
 NAMES = {
     "triton": "ours",
@@ -86,11 +86,8 @@ def check(content: dict) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(
-        prog="python -m tools.figures.speed", description="Draw a file that tools.benchmark wrote."
-    )
+    parser = style.parser("speed", "Draw a file that tools.benchmark wrote.")
     parser.add_argument("file", type=Path)
-    parser.add_argument("--output", type=Path, default=Path("pic/speed.png"), metavar="FILE")
     args = parser.parse_args(argv)
     style.save(draw(style.read_json(args.file, "tools.benchmark", check)), args.output)
 

@@ -53,6 +53,14 @@ styled = rc_context(RC)  # decorates a function that draws
 Lines = dict[str, list[tuple[float, float]]]  # (megapixels, value), smallest first, by name
 
 
+def parser(name: str, description: str, picture: str = "") -> utils.ArgumentParser:
+    """The command line of a figure, which is drawn to pic/ by the name of its module or another."""
+    result = utils.ArgumentParser(prog=f"python -m tools.figures.{name}", description=description)
+    output = Path(f"pic/{picture or name}.png")
+    result.add_argument("--output", type=Path, default=output, metavar="FILE")
+    return result
+
+
 def panels(
     count: int,
     columns: int,

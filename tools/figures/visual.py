@@ -12,7 +12,6 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -22,7 +21,7 @@ import utils
 from models import Coder
 from models.checkpoint import build_from_checkpoint, load_checkpoint
 from tools.figures import style
-from utils import ArgumentParser, UsageError
+from utils import UsageError
 
 QUALITIES = range(1, 96)  # above 95, JPEG grows without a gain
 FORMATS = {"WebP": {"format": "WEBP", "method": 6}, "JPEG": {"format": "JPEG", "optimize": True}}
@@ -45,9 +44,7 @@ def at_size(image: Image.Image, num_bytes: int, **options) -> bytes:
     return encode_pillow(image, QUALITIES[max(fitting - 1, 0)], **options)
 
 
-def compare(
-    coder: Coder, name: str, image: Image.Image, device: torch.device
-) -> list[tuple[str, Image.Image]]:
+def compare(coder: Coder, name: str, image: Image.Image) -> list[tuple[str, Image.Image]]:
     """(caption, picture) of the original, of the network, and of each of `FORMATS` at its rate."""
     pixels = image.width * image.height
     original = utils.to_tensor(image)
@@ -56,7 +53,7 @@ def compare(
         psnr = utils.psnr(original, utils.to_tensor(decoded))
         return f"{name}\n{8 * num_bytes / pixels:.3f} bpp, {psnr:.2f} dB"
 
-    stream = coder.encode(original[None].to(device))
+    stream = coder.encode(original[None])
     ours = utils.to_image(coder.decode(stream)[0])
     rows = [("Original\n24 bpp", image), (caption(name, len(stream), ours), ours)]
     for name, options in FORMATS.items():
@@ -108,9 +105,8 @@ def draw(rows: Sequence[tuple[str, Image.Image]], detail: tuple[int, int, int]) 
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog="python -m tools.figures.visual",
-        description="Compare the network with WebP and JPEG on one picture at one rate.",
+    parser = style.parser(
+        "visual", "Compare the network with WebP and JPEG on one picture at one rate."
     )
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--image", type=Path, required=True)
@@ -121,14 +117,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar=("LEFT", "TOP", "SIDE"),
         help="square to enlarge, in pixels (default: the centre, a quarter of the shorter side)",
     )
-    parser.add_argument("--cuda", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path("pic/visual.png"), metavar="FILE")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    device = utils.select_device(args.cuda)
     style.check_output(args.output)
     image = utils.read_image(args.image)
     side = max(1, min(image.size) // 4)
@@ -140,9 +133,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{image.width}x{image.height} pixels"
         )
     checkpoint = load_checkpoint(args.checkpoint)
-    coder = Coder(build_from_checkpoint(checkpoint, args.checkpoint).to(device))
+    coder = Coder(build_from_checkpoint(checkpoint, args.checkpoint))
     name = checkpoint.get("model", "mambavc")
-    rows = compare(coder, style.NAMES.get(name, name), image, device)
+    rows = compare(coder, style.NAMES.get(name, name), image)
     for caption, _ in rows:
         print(caption.replace("\n", ": "))
     style.save(draw(rows, detail), args.output, dpi=140)
