@@ -331,6 +331,7 @@ def bench_network(bench: Bench, work: Work, name: str, make: MakeModel) -> None:
 
 def bench_training(bench: Bench, work: Work, name: str, make: MakeModel) -> None:
     """One step of training on a batch of crops, without reading pictures; on a GPU in all ways."""
+    best = bench.backends[0]
     cases = [(batch, False, False, "adam") for batch in work.batches]
     if bench.cuda:
         both = (False, True)
@@ -341,7 +342,7 @@ def bench_training(bench: Bench, work: Work, name: str, make: MakeModel) -> None
         step = training_step(make(), batch, height, width, amp, graphed, optimizer)
         words = [f"step {batch}x{height}x{width}", "bf16" if amp else "float32"]
         words += ["graph"] * graphed + [optimizer] * (optimizer != "adam")
-        bench.run("training", " ".join(words), bench.backends[0], step, graphed=graphed, model=name)
+        bench.run("training", " ".join(words), best, step, graphed=graphed, model=name)
 
 
 def training_step(

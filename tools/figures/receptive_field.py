@@ -119,10 +119,8 @@ def draw(fields: dict[str, np.ndarray]) -> Figure:
         relative = np.maximum(values / values.max(), FLOOR)
         image = axes.imshow(relative, norm=LogNorm(FLOOR, 1), cmap="inferno")
         held = sides(values)
-        axes.set_title(style.NAMES.get(name, name))
-        axes.set_xlabel(", ".join(f"{share:.0%}: {side} px" for share, side in held.items()))
-        axes.set_xticks([])
-        axes.set_yticks([])
+        label = ", ".join(f"{share:.0%}: {side} px" for share, side in held.items())
+        axes.set(title=style.NAMES.get(name, name), xlabel=label, xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set_visible(False)
     bar = figure.colorbar(image, ax=row.tolist(), shrink=0.8, pad=0.02)

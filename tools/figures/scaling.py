@@ -89,8 +89,7 @@ def _draw_lines(
 ) -> None:
     """One line per model over the picture's size."""
     ends = style.draw_lines(axes, lines, colours, title, unit)
-    axes.set_ylim(bottom=0)
-    axes.set_xlim(left=0)
+    axes.set(xlim=(0, None), ylim=(0, None))
     sizes = sorted({x for line in lines.values() for x, _ in line})
     # The labels of small sizes would overlap.
     sizes = [size for size in sizes if size > 0.08 * sizes[-1]]

@@ -62,8 +62,7 @@ def draw(content: dict) -> Figure:
     count = len(quantities)
     figure, row = style.panels(count, count, (4.6, 3.5), (0.6, 0.55, 2.6, 2.5))
     for axes, (key, found) in zip(row, quantities.items(), strict=True):
-        axes.set_xscale("log")
-        axes.set_yscale("log")
+        axes.set(xscale="log", yscale="log")
         colours = style.colours(found, "ours")
         title, unit, _, ticks = PANELS[key]
         ends = style.draw_lines(axes, found, colours, title, unit)

@@ -23,6 +23,7 @@ MUTED = "#767676"
 FAINT = "#D9D9D9"
 # Okabe and Ito's palette in an order that keeps neighbours far apart in lightness.
 OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#8C6D00", "#000000")
+LABEL_GAP = 10.5  # least distance between two names of lines, in points
 # How figures call the registered networks.
 NAMES = {"mambavc": "MambaVC", "convvc": "CNN variant", "swinvc": "Swin variant"}
 
@@ -122,9 +123,7 @@ def draw_lines(
         look = {"linewidth": 2.2 if colour == ACCENT else 1.3, "color": colour}
         axes.plot(*zip(*line, strict=True), "o--" if "graph" in name else "o-", **look)
         ends.append((NAMES.get(name, name), *line[-1], colour))
-    axes.set_title(title)
-    axes.set_ylabel(unit)
-    axes.set_xlabel("megapixels")
+    axes.set(title=title, xlabel="megapixels", ylabel=unit)
     return ends
 
 
@@ -141,9 +140,7 @@ def spread(positions: Sequence[float], gap: float) -> np.ndarray:
     return moved
 
 
-def label_lines(
-    axes: Axes, ends: Sequence[tuple[str, float, float, str]], gap_points: float = 10.5
-) -> None:
+def label_lines(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
     """Write each line's name to the right of the axes, with a thin leader from the line's end.
 
     Call it when the limits of the axes and the figure's layout are final.
@@ -151,7 +148,6 @@ def label_lines(
     Args:
         axes: where the lines are.
         ends: (name, x, y, colour) of each line's last point, in data coordinates.
-        gap_points: least distance between two names, in points.
     """
     if not ends:
         return
@@ -159,7 +155,7 @@ def label_lines(
     to_axes = axes.transData + axes.transAxes.inverted()
     points = [to_axes.transform((x, y)) for _, x, y, _ in ends]
     height = axes.get_window_extent().height * 72 / axes.figure.dpi
-    heights = spread([y for _, y in points], gap_points / height)
+    heights = spread([y for _, y in points], LABEL_GAP / height)
     for (name, _, _, colour), (x, y), label_y in zip(ends, points, heights, strict=True):
         axes.annotate(
             name,

@@ -77,8 +77,7 @@ def draw(rows: Sequence[tuple[str, Image.Image]], detail: tuple[int, int, int]) 
         axes = figure.add_axes((x / total[0], y / total[1], cell / total[0], high / total[1]))
         axes.imshow(image, interpolation="nearest", aspect="auto")
         axes.grid(False)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(visible=ours, color=style.ACCENT, linewidth=2)
         return axes
