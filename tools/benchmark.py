@@ -1,12 +1,12 @@
 """Time and memory of the scan, the SS2D block, the networks and the codec on this machine.
 
 Every backend of the scan that can run here is measured side by side in one run, after a check
-against the float64 reference; a backend that fails the check gets no times. Networks, training and
-codec run on the first backend that passes. Random weights, random inputs.
+against the float64 reference; a backend that fails the check gets no times. Training, codec
+and variants run on the first backend that passes. Random weights, random inputs.
 
-Groups: operator (the scan), block (SS2D), network (forward passes), scaling (forward passes by
-size and backend), training (optimiser steps), codec (pictures to bytes and back), variants (passes,
-coding and steps of the paper's three networks at one batch size, for comparing them).
+Groups: operator (the scan), block (SS2D), network (forward passes by size and backend), training
+(optimiser steps), codec (pictures to bytes and back), variants (passes, coding and steps of the
+paper's three networks on one whole picture, for comparing them).
 """
 
 import argparse
@@ -19,11 +19,11 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,9 +38,7 @@ from train import Step
 from training.distributed import Processes
 from training.optim import make_optimizers
 
-GROUPS = ("operator", "block", "network", "scaling", "training", "codec", "variants")
 FORWARD_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4  # relative errors of float32 against float64
-REPLAY_TOLERANCE = 1e-2  # of a picture: a latent may round the other way
 MIB = 2**20
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -51,72 +49,24 @@ MakeModel = Callable[[], models.SliceHyperprior]  # each measurement starts with
 
 @dataclass(frozen=True)
 class Work:
-    """The sizes that are measured of each group."""
+    """The sizes that are measured."""
 
-    scans: Shapes
-    blocks: Shapes
-    network: Sizes
-    scaling: Sizes
-    crops: Sizes
-    batches: Sequence[int]
-    codec: Sizes = ((512, 768),)
-
-    @classmethod
-    def at(cls, sizes: Sizes, batches: Sequence[int]) -> "Work":
-        """Every group at the same sizes of pictures."""
-        # The largest maps of a network are half as high and wide as the picture.
-        maps = [(1, max(height // 2, 1), max(width // 2, 1)) for height, width in sizes]
-        return cls(maps, maps, sizes, sizes, sizes, batches, sizes)
+    maps: Shapes  # of the scan and the block
+    pictures: Sizes  # of forward passes
+    crops: Sizes  # of training
+    batches: Sequence[int]  # crops of a step
+    whole: Sizes = ((512, 768),)  # pictures of the codec and the variants
 
 
 ON_GPU = Work(
-    scans=((1, 64, 96), (1, 256, 384), (8, 128, 128), (1, 16, 24)),
-    blocks=((1, 256, 384), (8, 128, 128)),
-    network=((512, 768), (1024, 1024), (1408, 2048)),
-    scaling=((256, 384), (512, 768), (768, 1280), (1152, 1792), (1664, 2432), (2304, 3456)),
+    maps=((1, 64, 96), (1, 256, 384), (8, 128, 128), (1, 16, 24)),
+    pictures=networks.SWEEP,
     crops=((256, 256),),
     batches=(8, 16),
 )
 ON_CPU = Work(
-    scans=((1, 64, 96),),
-    blocks=((1, 64, 96),),
-    network=((256, 256),),
-    scaling=((128, 256), (256, 384)),
-    crops=((64, 64),),
-    batches=(1,),
+    maps=((1, 64, 96),), pictures=((128, 256), (256, 384)), crops=((64, 64),), batches=(1,)
 )
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = utils.ArgumentParser(
-        prog="python -m tools.benchmark",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    networks.add_flags(parser)
-    parser.add_argument("--cuda", action="store_true", help="run on the GPU")
-    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="groups to run")
-    parser.add_argument(
-        "--batch-size",
-        nargs="+",
-        type=utils.positive_int,
-        help="crops of a training step (default: 8 and 16 on a GPU, 1 on a CPU)",
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all records to this file")
-    parser.add_argument(
-        "--default-precision",
-        action="store_true",
-        help="keep PyTorch's default float32 matrix products instead of TF32 ones",
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=2.0, help="time to spend on one measurement (default: 2)"
-    )
-    parser.add_argument(
-        "--count-kernels",
-        action="store_true",
-        help="count what each call runs on the GPU; the profiler may slow what is timed later",
-    )
-    return parser.parse_args(argv)
 
 
 def reset_peak(device: torch.device) -> int | None:
@@ -151,19 +101,20 @@ class Bench:
 
     Args:
         device: where the functions run.
+        backends: of the scan, the best first; those that there are to compare.
         seconds: to spend on one measurement.
-        count_kernels: also count, on a GPU, the kernels and copies of one call.
     """
 
-    def __init__(self, device: torch.device, seconds: float, count_kernels: bool = False):
+    def __init__(self, device: torch.device, backends: Sequence[str], seconds: float):
         self.device = device
+        self.cuda = device.type == "cuda"
+        self.backends = backends
         self.seconds = seconds
-        self.count_kernels = count_kernels
         self.records: list[dict] = []
 
     def _once(self, function: Callable[[], object]) -> float:
         """Milliseconds of one call."""
-        if self.device.type == "cuda":
+        if self.cuda:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             function()
@@ -193,7 +144,7 @@ class Bench:
         self.records.append(record)
         label = f"{group:<9} {extra.get('model', '')} {name}".ljust(50) + f" {backend:<10}"
         try:
-            for _ in range(4 if self.device.type == "cuda" else 1):  # tuning and, by then, graphs
+            for _ in range(4 if self.cuda else 1):  # tuning and, by then, graphs
                 self._once(function)
             held = reset_peak(self.device)
             warm = self._once(function)
@@ -203,8 +154,6 @@ class Bench:
                 record |= {"peak_mib": max(peak - held, 0) / MIB, "total_mib": peak / MIB}
             repeats = min(100, max(3, int(1e3 * self.seconds / max(warm, 1e-3))))
             times = sorted(self._once(function) for _ in range(repeats))
-            if self.count_kernels and self.device.type == "cuda":
-                record["kernels"] = self._kernels(function)
         except (RuntimeError, ValueError) as error:
             record["error"] = first_line(error)
             print(f"{label} {record['error'][:80]}", flush=True)
@@ -217,21 +166,12 @@ class Bench:
             "repeats": repeats,
         }
         memory = f" {record['peak_mib']:9.0f} MiB" if "peak_mib" in record else ""
-        count = f" {record['kernels']} kernels" if "kernels" in record else ""
         print(
             f"{label} {record['median_ms']:10.2f} ms "
-            f"[{record['p20_ms']:.2f}, {record['p80_ms']:.2f}]{memory}{count}",
+            f"[{record['p20_ms']:.2f}, {record['p80_ms']:.2f}]{memory}",
             flush=True,
         )
         return record["median_ms"]
-
-    def _kernels(self, function: Callable[[], object]) -> int:
-        """What one call runs on the GPU, copies and fills included."""
-        activities = [torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profile:
-            self._once(function)
-        on_gpu = torch.autograd.DeviceType.CUDA
-        return sum(event.device_type == on_gpu for event in profile.events())
 
 
 def first_line(error: Exception) -> str:
@@ -259,25 +199,13 @@ def backend_errors(backend: str, device: torch.device) -> tuple[float, float]:
     """
     arguments = scan_arguments(1, 13, 17, 64, device)
     doubles = [argument.detach().double().requires_grad_() for argument in arguments]
-    with full_precision():
-        expected = kernels.selective_scan_2d(*doubles, backend="reference")
-        actual = kernels.selective_scan_2d(*arguments, backend=backend)
-        dy = torch.randn_like(actual)
-        gradients = torch.autograd.grad(actual, arguments, dy)
-        expected_gradients = torch.autograd.grad(expected, doubles, dy.double())
+    expected = kernels.selective_scan_2d(*doubles, backend="reference")
+    actual = kernels.selective_scan_2d(*arguments, backend=backend)
+    dy = torch.randn_like(actual)
+    gradients = torch.autograd.grad(actual, arguments, dy)
+    expected_gradients = torch.autograd.grad(expected, doubles, dy.double())
     errors = map(relative_error, gradients, expected_gradients)
     return relative_error(actual, expected), max(errors)
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """Float32 matrix products without TF32."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def usable_backends(device: torch.device) -> list[str]:
@@ -313,15 +241,19 @@ def exponential_floor(
     return updates / (processors * 16 * clock_mhz * 1e3)
 
 
-def bench_gradients(
+def bench_passes(
     bench: Bench,
     group: str,
     name: str,
     backend: str,
     function: Callable[[], Tensor],
     inputs: Sequence[Tensor],
+    **extra: object,
 ) -> None:
-    """Measure the backward pass of `function`, and both passes, for one random gradient."""
+    """Measure the forward pass of `function`, the backward pass for one random gradient, and both.
+
+    ``extra`` goes into the forward pass's record.
+    """
 
     @functools.cache
     def gradient() -> Tensor:
@@ -337,43 +269,41 @@ def bench_gradients(
     def both() -> None:
         torch.autograd.grad(function(), inputs, gradient())
 
+    with torch.no_grad():
+        bench.run(group, f"{name} forward", backend, function, **extra)
     bench.run(group, f"{name} backward", backend, backward)
     output.cache_clear()  # with all that it keeps for its gradients
     bench.run(group, f"{name} fwd+bwd", backend, both)
 
 
-def bench_operator(bench: Bench, backends: Sequence[str], dim: int, shapes: Shapes) -> None:
-    """The scan, of maps with `dim` channels."""
-    cuda = bench.device.type == "cuda"
-    for shape in [(*shape, dim) for shape in shapes]:
+def bench_operator(bench: Bench, work: Work, name: str, make: MakeModel) -> None:
+    """The scan, of maps with as many channels as in the network."""
+    dim = 4 * make().config["N"]
+    for shape in [(*shape, dim) for shape in work.maps]:
         arguments = scan_arguments(*shape, bench.device)
-        label = "x".join(map(str, shape))
-        floor = {"floor_ms": exponential_floor(*shape)} if cuda else {}
-        for backend in backends:
+        label = "scan " + "x".join(map(str, shape))
+        floor = {"floor_ms": exponential_floor(*shape)} if bench.cuda else {}
+        for backend in bench.backends:
             # The step-by-step reference takes minutes at full size.
             if backend == "reference" and math.prod(shape) > 64 * 96 * 512:
                 continue
             scan = functools.partial(kernels.selective_scan_2d, *arguments, backend=backend)
-            with torch.no_grad():
-                bench.run("operator", f"scan {label} forward", backend, scan, **floor)
-            bench_gradients(bench, "operator", f"scan {label}", backend, scan, arguments)
+            bench_passes(bench, "operator", label, backend, scan, arguments, **floor)
 
 
-def bench_block(bench: Bench, backends: Sequence[str], dim: int, shapes: Shapes) -> None:
-    """SS2D, on maps with `dim` channels."""
-    for shape in shapes:
+def bench_block(bench: Bench, work: Work, name: str, make: MakeModel) -> None:
+    """SS2D, on maps with as many channels as in the network."""
+    dim = 2 * make().config["N"]
+    for shape in work.maps:
         block = SS2D(dim).to(bench.device)
         u = torch.randn(*shape, dim, device=bench.device, requires_grad=True)
-        forward = functools.partial(block, u)
-        name = f"SS2D {dim} " + "x".join(map(str, shape))
-        for backend in backends:
-            if backend == "reference" and bench.device.type == "cuda":
+        label = f"SS2D {dim} " + "x".join(map(str, shape))
+        for backend in bench.backends:
+            if backend == "reference" and bench.cuda:
                 continue
+            forward = functools.partial(block, u)
             with kernels.use_backend(backend):
-                with torch.no_grad():
-                    bench.run("block", f"{name} forward", backend, forward)
-                inputs = [u, *block.parameters()]
-                bench_gradients(bench, "block", name, backend, forward, inputs)
+                bench_passes(bench, "block", label, backend, forward, [u, *block.parameters()])
 
 
 def picture(height: int, width: int, device: torch.device) -> Tensor:
@@ -382,79 +312,37 @@ def picture(height: int, width: int, device: torch.device) -> Tensor:
     return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic").clamp(0, 1)
 
 
-def bench_network(bench: Bench, backend: str, name: str, make: MakeModel, sizes: Sizes) -> None:
+def bench_network(bench: Bench, work: Work, name: str, make: MakeModel) -> None:
     """Forward passes over one picture of each size, on a GPU also from a CUDA graph."""
-    model = make()
-    for height, width in sizes:
-        x = picture(height, width, bench.device)
-        work = f"forward {height}x{width}"
-        with torch.inference_mode():
-            bench.run("network", work, backend, functools.partial(model, x), model=name)
-            if bench.device.type == "cuda":
-                replay = checked_replay(model, x)
-                bench.run("network", f"{work} graph", backend, replay, graphed=True, model=name)
-
-
-def checked_replay(model: models.SliceHyperprior, x: Tensor) -> Callable[[], None]:
-    """The network's forward pass from a CUDA graph.
-
-    Raises:
-        RuntimeError: at the third call, if it replays something else.
-    """
-    replay = Replay()
-    results: list[Tensor] = []
-
-    def run() -> None:
-        x_hat = replay(model, x)["x_hat"]
-        if len(results) < 3:  # launched as usual; captured and replayed; replayed
-            results.append(x_hat)
-            error = relative_error(x_hat, results[0].double())
-            if not error < REPLAY_TOLERANCE:
-                raise RuntimeError(f"relative error {error:.1e} of the replay")
-
-    return run
-
-
-def bench_scaling(
-    bench: Bench, backends: Sequence[str], name: str, make: MakeModel, sizes: Sizes
-) -> None:
-    """Forward passes by size and backend; prints the exponent of time against pixels."""
     model = make()
     # The reference would take minutes; mamba-ssm's copies of the maps grow too large.
     largest = {"reference": 100_000, "mamba_ssm": 3_000_000}
-    for backend in backends:
-        points = []
-        for height, width in sizes:
-            pixels = height * width
-            if pixels > largest.get(backend, math.inf):
-                continue
-            x = picture(height, width, bench.device)
-            work, forward = f"forward {height}x{width}", functools.partial(model, x)
-            with torch.inference_mode(), kernels.use_backend(backend):
-                median = bench.run("scaling", work, backend, forward, model=name, pixels=pixels)
-            if math.isfinite(median):
-                points.append((pixels, median))
-        if len(points) > 1:
-            exponent = np.polyfit(*np.log(np.array(points)).T, 1)[0]
-            print(f"scaling: time of {backend} grows as pixels to the power of {exponent:.3f}")
-            record = {"group": "scaling", "name": "exponent", "backend": backend, "model": name}
-            bench.records.append({**record, "value": exponent})
+    for backend, (height, width) in itertools.product(bench.backends, work.pictures):
+        if height * width > largest.get(backend, math.inf):
+            continue
+        x = picture(height, width, bench.device)
+        label = f"forward {height}x{width}"
+        with torch.inference_mode(), kernels.use_backend(backend):
+            bench.run("network", label, backend, functools.partial(model, x), model=name)
+            if bench.cuda and backend == bench.backends[0]:
+                replay = functools.partial(Replay(), model, x)
+                bench.run("network", f"{label} graph", backend, replay, graphed=True, model=name)
 
 
-def bench_training(
-    bench: Bench, backend: str, name: str, make: MakeModel, sizes: Sizes, batches: Sequence[int]
-) -> None:
+def bench_training(bench: Bench, work: Work, name: str, make: MakeModel) -> None:
     """One step of training on a batch of crops, without reading pictures; on a GPU in all ways."""
-    cases = [(batch, False, False, "adam") for batch in batches]
-    if bench.device.type == "cuda":
+    best = bench.backends[0]
+    cases = [(batch, False, False, "adam") for batch in work.batches]
+    if bench.cuda:
         both = (False, True)
-        cases = list(itertools.product(batches, both, both, ("adam",)))
-        cases += itertools.product(batches[:1], (True,), both, ("muon",))
-    for (height, width), (batch, amp, graphed, optimizer) in itertools.product(sizes, cases):
+        cases = list(itertools.product(work.batches, both, both, ("adam",)))
+        cases += itertools.product(work.batches[:1], (True,), both, ("muon",))
+    for (height, width), case in itertools.product(work.crops, cases):
+        batch, amp, graphed, optimizer = case
         step = training_step(make(), batch, height, width, amp, graphed, optimizer)
         words = [f"step {batch}x{height}x{width}", "bf16" if amp else "float32"]
         words += ["graph"] * graphed + [optimizer] * (optimizer != "adam")
-        bench.run("training", " ".join(words), backend, step, graphed=graphed, model=name)
+        bench.run("training", " ".join(words), best, step, graphed=graphed, model=name)
 
 
 def training_step(
@@ -476,17 +364,15 @@ def training_step(
     return functools.partial(step, [crops])
 
 
-def bench_codec(bench: Bench, backend: str, name: str, make: MakeModel, sizes: Sizes) -> None:
+def bench_codec(bench: Bench, work: Work, name: str, make: MakeModel) -> None:
     """One picture of each size to bytes and back."""
-    model = make()
-    modes = itertools.product(
-        (False, True) if bench.device.type == "cuda" else (False,), (True, False)
-    )
-    for (height, width), (graphed, exact) in itertools.product(sizes, list(modes)):
+    model, best = make(), bench.backends[0]
+    modes = itertools.product(work.whole, (False, True) if bench.cuda else (False,), (True, False))
+    for (height, width), graphed, exact in modes:
         encode, decode = coding(model, picture(height, width, bench.device), exact, graphed)
         mode = f"{height}x{width} {'exact' if exact else 'fast'}{' graph' if graphed else ''}"
-        for work, function in (("compress", encode), ("decompress", decode)):
-            bench.run("codec", f"{work} {mode}", backend, function, graphed=graphed, model=name)
+        bench.run("codec", f"compress {mode}", best, encode, graphed=graphed, model=name)
+        bench.run("codec", f"decompress {mode}", best, decode, graphed=graphed, model=name)
 
 
 def coding(
@@ -499,67 +385,53 @@ def coding(
     return encode, lambda: coder.decompress(**encoded())
 
 
-def bench_variants(bench: Bench, backend: str, name: str, make: MakeModel, sizes: Sizes) -> None:
+def bench_variants(bench: Bench, work: Work, name: str, make: MakeModel) -> None:
     """Forward pass, encoding, decoding and training step of a whole picture of each size."""
-    for height, width in sizes:
+    run = functools.partial(bench.run, "variants", backend=bench.backends[0], model=name)
+    for height, width in work.whole:
+        size = f"{height}x{width}"
         model, x = make(), picture(height, width, bench.device)
-
-        def run(work: str, function: Callable[[], object], size: str = f"{height}x{width}") -> None:
-            bench.run("variants", f"{work} {size}", backend, function, model=name)
-
         with torch.inference_mode():
-            run("forward", functools.partial(model, x))
+            run(f"forward {size}", function=functools.partial(model, x))
         encode, decode = coding(model, x)
-        run("encode", encode)
-        run("decode", decode)
+        run(f"encode {size}", function=encode)
+        run(f"decode {size}", function=decode)
         del model, encode, decode
-        run("step", training_step(make(), 1, height, width))
+        run(f"step {size}", function=training_step(make(), 1, height, width))
 
 
-def add_ratios(records: Sequence[dict]) -> None:
-    """Add to the records what part of the floor each reaches, and how much slower its peers are.
-
-    ``of_floor`` is the floor divided by the median; ``slower`` has, for each other backend that
-    did the same work, its median divided by this one's.
-    """
-
-    def work(record: dict) -> tuple:
-        return record["group"], record["name"], record.get("model")
-
-    timed = [record for record in records if "median_ms" in record]
-    for record in timed:
-        if record.get("floor_ms") is not None:
-            record["of_floor"] = record["floor_ms"] / record["median_ms"]
-        record["slower"] = {
-            peer["backend"]: peer["median_ms"] / record["median_ms"]
-            for peer in timed
-            if work(peer) == work(record) and peer is not record
-        }
+GROUPS = {
+    "operator": bench_operator,
+    "block": bench_block,
+    "network": bench_network,
+    "training": bench_training,
+    "codec": bench_codec,
+    "variants": bench_variants,
+}
 
 
 def print_ratios(records: Sequence[dict]) -> None:
-    """Print the ratios of those backends that are the fastest of several."""
+    """Print how much longer than the fastest other backends took for the same work, and what part
+    of the floor the fastest reaches."""
+    works = defaultdict(list)
     for record in records:
-        slower = record.get("slower")
-        if slower and min(slower.values()) >= 1:
-            peers = ", ".join(
-                f"{peer} takes {ratio:.1f} times as long" for peer, ratio in slower.items()
-            )
-            floor = f"; {record['of_floor']:.0%} of the floor" if "of_floor" in record else ""
-            print(f"{record['name']}: {record['backend']}; {peers}{floor}")
+        if "median_ms" in record:
+            works[record["group"], record["name"], record.get("model")].append(record)
+    for backends in works.values():
+        best, *others = sorted(backends, key=lambda record: record["median_ms"])
+        if not others:
+            continue
+        line = f"{best['name']}: {best['backend']}"
+        for other in others:
+            ratio = other["median_ms"] / best["median_ms"]
+            line += f"; {other['backend']} takes {ratio:.1f} times as long"
+        if best.get("floor_ms") is not None:
+            line += f"; {best['floor_ms'] / best['median_ms']:.0%} of the floor"
+        print(line)
 
 
 def machine(device: torch.device) -> dict:
     """What the numbers depend on."""
-    try:
-        commit = subprocess.check_output(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent.parent,
-            text=True,
-            stderr=subprocess.DEVNULL,
-        ).strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
     record = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "cpu": utils.cpu_name(),
@@ -568,13 +440,39 @@ def machine(device: torch.device) -> dict:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "matmul_precision": torch.get_float32_matmul_precision(),
-        "commit": commit,
     }
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        commit = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
+        record["commit"] = commit.strip()
     with contextlib.suppress(ImportError):
         import triton
 
         record["triton"] = triton.__version__
     return record
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = utils.ArgumentParser(
+        prog="python -m tools.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    networks.add_flags(parser)
+    parser.add_argument("--cuda", action="store_true", help="run on the GPU")
+    parser.add_argument(
+        "--only", nargs="+", choices=GROUPS, default=list(GROUPS), help="groups to run"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all records to this file")
+    parser.add_argument(
+        "--default-precision",
+        action="store_true",
+        help="keep PyTorch's default float32 matrix products instead of TF32 ones",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=2.0, help="time to spend on one measurement (default: 2)"
+    )
+    return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -583,60 +481,45 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         utils.check_output(args.json)
     device = utils.select_device(args.cuda)
-    if not args.default_precision:
-        torch.set_float32_matmul_precision("high")
-
-    work = ON_GPU if args.cuda else ON_CPU
-    if sizes := networks.sizes(args):
-        work = Work.at(sizes, work.batches)
-    if args.batch_size:
-        work = replace(work, batches=args.batch_size)
-
-    def build(name: str) -> models.SliceHyperprior:
-        model = networks.build(name, args.N, args.M)
-        model.update()
-        return model.to(device)
-
-    def named(names: Sequence[str]) -> list[tuple[str, MakeModel]]:
-        return [(Path(name).name, functools.partial(build, name)) for name in names]
-
-    nets = named(args.models or networks.PAPER[:1])
-    variants = named(args.models or networks.PAPER)
-    width = 2 * nets[0][1]().config["N"]  # channels of the transforms' maps; the scan has twice
-
     torch.manual_seed(0)
-    bench = Bench(device, args.seconds, args.count_kernels)
-    record = {"machine": machine(device), "records": bench.records}
-    print(json.dumps(record["machine"]))
+    torch.set_float32_matmul_precision("highest")  # PyTorch's default, which the check needs
     backends = usable_backends(device)
     if not backends:
         raise utils.DataError(
             "no backend of the scan gives right results here; nothing is measured"
         )
-    best = backends[0]
-    runs: dict[str, list[Callable[[], None]]] = {
-        "operator": [lambda: bench_operator(bench, backends, 2 * width, work.scans)],
-        "block": [lambda: bench_block(bench, backends, width, work.blocks)],
-        "network": [lambda n=n: bench_network(bench, best, *n, work.network) for n in nets],
-        "scaling": [lambda n=n: bench_scaling(bench, backends, *n, work.scaling) for n in nets],
-        "training": [
-            lambda n=n: bench_training(bench, best, *n, work.crops, work.batches) for n in nets
-        ],
-        "codec": [lambda n=n: bench_codec(bench, best, *n, work.codec) for n in nets],
-        "variants": [lambda n=n: bench_variants(bench, best, *n, work.codec) for n in variants],
-    }
-    for group, run in [(name, run) for name in args.only for run in runs[name]]:
-        try:
-            with kernels.use_backend(best):
-                run()
-        except (RuntimeError, ValueError) as error:  # memory, for one; others may have room
-            reason = first_line(error)
-            bench.records.append({"group": group, "name": "rest", "error": reason})
-            print(f"{group:<9} the rest failed: {reason}")
-        add_ratios(bench.records)
-        if args.json:
-            with utils.atomic_write(args.json) as path:
-                path.write_text(json.dumps(record, indent=1) + "\n")
+    if not args.default_precision:
+        torch.set_float32_matmul_precision("high")
+
+    work = ON_GPU if args.cuda else ON_CPU
+    if sizes := networks.sizes(args):
+        # The largest maps of a network are half as high and wide as the picture.
+        maps = [(1, max(height // 2, 1), max(width // 2, 1)) for height, width in sizes]
+        work = Work(maps, sizes, sizes, work.batches, sizes)
+
+    def make(name: str) -> models.SliceHyperprior:
+        model = networks.build(name, args.N, args.M)
+        model.update()
+        return model.to(device)
+
+    bench = Bench(device, backends, args.seconds)
+    record = {"machine": machine(device), "records": bench.records}
+    print(json.dumps(record["machine"]))
+    for group in args.only:
+        names = args.models or (networks.PAPER if group == "variants" else networks.PAPER[:1])
+        if group in ("operator", "block"):  # they take from a network the number of channels only
+            names = names[:1]
+        for name in names:
+            try:
+                with kernels.use_backend(backends[0]):
+                    GROUPS[group](bench, work, Path(name).name, functools.partial(make, name))
+            except (RuntimeError, ValueError) as error:  # memory, for one; others may have room
+                reason = first_line(error)
+                bench.records.append({"group": group, "name": "rest", "error": reason})
+                print(f"{group:<9} the rest failed: {reason}")
+            if args.json:
+                with utils.atomic_write(args.json) as path:
+                    path.write_text(json.dumps(record, indent=1) + "\n")
     print_ratios(bench.records)
 
 

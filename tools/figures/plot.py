@@ -20,20 +20,13 @@ from matplotlib.figure import Figure
 from scipy.interpolate import PchipInterpolator
 
 from tools.figures import style
-from utils import ArgumentParser, UsageError, atomic_write, check_output, ms_ssim_db, run_main
+from utils import ArgumentParser, UsageError, ms_ssim_db, run_main
 
 PUBLISHED = Path(__file__).parents[2] / "results" / "published"
 DEFAULT_CURVES = ("mlic-plus-plus", "mambaic", "tcm-large", "elic", "cheng2020-anchor", "bpg")
-DEFAULT_OURS = ("mambavc",)
-DEFAULT_ANCHOR = "vtm"
 
 QUALITY = {"psnr": "PSNR [dB]", "ms-ssim": "MS-SSIM [dB]"}
-# CompressAI's keys, which eval.py writes, and those of its files from before it did.
-TIMES = {
-    "encode-time": ("encoding_time", "encode_time"),
-    "decode-time": ("decoding_time", "decode_time"),
-}
-PANELS = (*QUALITY, "saving", *TIMES)
+PANELS = (*QUALITY, "saving")
 PANEL_WIDTH, PANEL_HEIGHT = 5.0, 4.0  # inches, with the names of the lines
 
 
@@ -45,13 +38,11 @@ class Curve:
         name: as drawn.
         bpp: bits per pixel, rising.
         quality: dB per point, for "psnr" and, where measured, "ms-ssim".
-        seconds: per picture, mean over the points, for "encode-time" and "decode-time".
     """
 
     name: str
     bpp: np.ndarray
     quality: dict[str, np.ndarray]
-    seconds: dict[str, float]
 
 
 def load_curve(source: str) -> Curve:
@@ -73,12 +64,11 @@ def load_curve(source: str) -> Curve:
         names[0],
         points["bpp"][order],
         {metric: points[metric][order] for metric in QUALITY if metric in columns},
-        {panel: float(points[panel].mean()) for panel in TIMES if panel in columns},
     )
 
 
 def _load_points(source: str) -> tuple[str, dict[str, np.ndarray]]:
-    """Name and columns of one file: bpp, the metrics in dB, and seconds where they are known."""
+    """Name and columns of one file: bpp and the metrics in dB."""
     path = Path(source)
     if not path.is_file():
         path = PUBLISHED / f"{source}.json"
@@ -92,10 +82,6 @@ def _load_points(source: str) -> tuple[str, dict[str, np.ndarray]]:
         ms_ssim = results.get("ms-ssim-rgb") or [None]
         if None not in ms_ssim:
             columns["ms-ssim"] = [ms_ssim_db(value) for value in ms_ssim]
-        for panel, keys in TIMES.items():
-            for key in keys:
-                if results.get(key):
-                    columns[panel] = results[key]
         points = {key: np.array(values, dtype=float) for key, values in columns.items()}
         sizes = {values.shape for values in points.values()}
         if len(sizes) > 1 or not points["bpp"].size or points["bpp"].min() <= 0:
@@ -133,57 +119,39 @@ def _rises(values: np.ndarray) -> bool:
     return bool((np.diff(values) > 0).all())
 
 
-def _common(anchor: np.ndarray, curve: np.ndarray) -> list[float] | None:
+def _common(anchor: np.ndarray, curve: np.ndarray) -> tuple[float, float] | None:
     """Ends of the interval of quality at which two curves are compared, if there is one.
 
     They are equal for a curve of one point; an anchor has more.
     """
     low, high = max(anchor.min(), curve.min()), min(anchor.max(), curve.max())
     comparable = low < high or (low == high and len(anchor) > len(curve) == 1)
-    return [float(low), float(high)] if comparable else None
+    return (low, high) if comparable else None
 
 
-def bd_table(anchor: Curve, curves: Sequence[Curve], method: str = "pchip") -> list[dict]:
-    """BD-rates of all curves, best first by PSNR.
+def bd_table(anchor: Curve, curves: Sequence[Curve], method: str = "pchip") -> str:
+    """BD-rates of all curves as a Markdown table, best first by PSNR.
 
-    Returns:
-        Rows with ``name``, ``psnr`` and ``ms-ssim`` (percent or None) and ``psnr_interval``, the
-        dB that both curves cover (of equal ends for one point; None where they do not overlap).
+    "over" is the interval of PSNR that both curves cover.
     """
     rows = []
     for curve in curves:
+        rates = [bd_rate(anchor, curve, metric, method) for metric in QUALITY]
+        psnr, ms_ssim = ("" if math.isnan(rate) else f"{rate:+.2f} %" for rate in rates)
         interval = _common(anchor.quality["psnr"], curve.quality["psnr"])
-        row: dict = {"name": curve.name, "psnr_interval": interval}
-        for metric in QUALITY:
-            value = bd_rate(anchor, curve, metric, method)
-            row[metric] = None if math.isnan(value) else value
-        rows.append(row)
-    return sorted(rows, key=lambda row: math.inf if row["psnr"] is None else row["psnr"])
-
-
-def format_table(rows: Sequence[dict], anchor: Curve, method: str) -> str:
-    """The rows of `bd_table` as a Markdown table."""
-
-    def percent(value: float | None) -> str:
-        return "" if value is None else f"{value:+.2f} %"
-
-    lines = [
-        f"BD-rate against {anchor.name} ({method})",
-        "",
-        "| codec | BD-rate, PSNR | over | BD-rate, MS-SSIM |",
-        "|---|---:|---:|---:|",
-    ]
-    for row in rows:
-        interval = row["psnr_interval"]
         if interval is None:
             over = "no overlap"
         elif interval[0] == interval[1]:
             over = f"at {interval[0]:.2f} dB"
         else:
             over = f"{interval[0]:.1f} to {interval[1]:.1f} dB"
-        psnr, ms_ssim = percent(row["psnr"]), percent(row["ms-ssim"])
-        lines.append(f"| {row['name']} | {psnr} | {over} | {ms_ssim} |")
-    return "\n".join(lines)
+        rows.append((rates[0], f"| {curve.name} | {psnr} | {over} | {ms_ssim} |"))
+    rows.sort(key=lambda row: math.inf if math.isnan(row[0]) else row[0])
+    head = (
+        f"BD-rate against {anchor.name} ({method})\n\n"
+        "| codec | BD-rate, PSNR | over | BD-rate, MS-SSIM |\n|---|---:|---:|---:|"
+    )
+    return "\n".join([head, *(line for _, line in rows)])
 
 
 def _through(x: np.ndarray, y: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
@@ -233,24 +201,8 @@ def _draw_line(
     return [(curve.name, x[-1], y[-1], colour)]
 
 
-def _draw_times(
-    axes: Axes, panel: str, curves: Sequence[tuple[str, Curve]], anchor: Curve, method: str
-) -> None:
-    """BD-rate over seconds per picture: towards the lower left is better."""
-    for colour, curve in curves:
-        point = (curve.seconds[panel], bd_rate(anchor, curve, "psnr", method))
-        axes.plot(*point, "o", color=colour, markersize=6)
-        style.label_point(axes, curve.name, point, colour)
-    axes.set_xscale("log")
-    axes.margins(0.25)
-    axes.set_xlabel(f"{panel.removesuffix('-time')} time [s per picture]")
-    axes.set_ylabel(f"BD-rate against {anchor.name} [%]")
-
-
 def _drawable(curve: Curve, panel: str, anchor: Curve) -> bool:
     """Whether a curve has what a panel shows."""
-    if panel in TIMES:
-        return panel in curve.seconds and not math.isnan(bd_rate(anchor, curve))
     if panel == "saving" and len(anchor.bpp) < 2:
         return False
     metric = "psnr" if panel == "saving" else panel
@@ -265,7 +217,6 @@ def draw(
     panels: Sequence[str],
     *,
     bpp: tuple[float, float] = (0.08, 0.95),
-    method: str = "pchip",
     title: str = "",
 ) -> Figure:
     """Draw the panels side by side.
@@ -274,7 +225,7 @@ def draw(
         ours: in the accent colour, on top.
         others, anchor: in the other colours; the anchor is also what savings are relative to.
         panels: of `PANELS`. "psnr" and "ms-ssim" are quality over bpp, "saving" is the rate saved
-            at equal PSNR, "encode-time" and "decode-time" are BD-rate over seconds.
+            at equal PSNR.
         bpp: rates to show.
 
     Raises:
@@ -292,9 +243,6 @@ def draw(
         available = [pair for pair in curves if _drawable(pair[1], panel, anchor)]
         if not available:
             raise UsageError(f"no curve has the data of panel {panel}; leave the panel out")
-        if panel in TIMES:
-            _draw_times(axes, panel, available, anchor, method)
-            continue
         if panel == "saving":
             axes.set_xlabel("PSNR [dB]")
             axes.set_ylabel(f"rate saved against {anchor.name} [%]")
@@ -325,11 +273,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--ours",
         nargs="+",
-        default=list(DEFAULT_OURS),
+        default=["mambavc"],
         metavar="CURVE",
         help="drawn in the accent colour (default: %(default)s)",
     )
-    parser.add_argument("--anchor", default=DEFAULT_ANCHOR, metavar="CURVE", help="of the BD-rates")
+    parser.add_argument("--anchor", default="vtm", metavar="CURVE", help="of the BD-rates")
     parser.add_argument(
         "--panels",
         nargs="+",
@@ -341,30 +289,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", choices=("pchip", "akima"), default="pchip")
     parser.add_argument("--title", default="")
     parser.add_argument("--output", type=Path, metavar="FILE", help="picture (.png, .svg, .pdf)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the BD-rates here")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    if args.json is not None:
-        check_output(args.json)
     if args.output is not None:
         style.check_output(args.output)
     anchor = load_curve(args.anchor)
     others = [load_curve(source) for source in args.curves if source != args.anchor]
     ours = [load_curve(source) for source in args.ours]
-    rows = bd_table(anchor, [*ours, *others], args.method)
-    print(format_table(rows, anchor, args.method))
-    if args.json is not None:
-        content = {"anchor": anchor.name, "method": args.method, "rows": rows}
-        with atomic_write(args.json) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
+    print(bd_table(anchor, [*ours, *others], args.method))
     if args.output is not None:
-        figure = draw(
-            ours, others, anchor, args.panels,
-            bpp=tuple(args.bpp), method=args.method, title=args.title,
-        )  # fmt: skip
+        figure = draw(ours, others, anchor, args.panels, bpp=tuple(args.bpp), title=args.title)
         style.save(figure, args.output)
 
 

@@ -11,7 +11,7 @@ colours and averaged over pictures (Luo et al., arXiv:1701.04128).
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -26,40 +26,35 @@ import models
 import utils
 from models.checkpoint import build_from_checkpoint, load_checkpoint
 from tools.figures import style
-from utils import ArgumentParser, UsageError
+from utils import UsageError
 
 SHARES = (0.5, 0.9, 0.99)
 FLOOR = 1e-5  # of the peak; what is below is drawn in the darkest colour
 
 
-def gradient(model: models.SliceHyperprior, x: Tensor, point: str) -> Tensor:
+def gradient(transform: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Absolute gradient of the central point of an output to a picture, summed over colours.
 
     Args:
-        model: in eval mode.
+        transform: from pictures to the output (1, channels, height, width).
         x: one picture (1, 3, height, width), sides multiples of 64.
-        point: "y" for the latents, "x_hat" for the reconstruction from latents that are not
-            rounded (rounding has no gradient).
 
     Returns:
         (height, width), float32.
     """
     x = x.detach().requires_grad_()
-    y = model.g_a(x)
-    output = y if point == "y" else model.g_s(y)
+    output = transform(x)
     height, width = output.shape[-2:]
     (grad,) = torch.autograd.grad(output[0, :, height // 2, width // 2].sum(), x)
     return grad.abs().sum((0, 1))
 
 
 def field(
-    model: models.SliceHyperprior,
-    files: Sequence[Path],
-    size: int,
-    point: str,
-    device: torch.device,
+    model: models.SliceHyperprior, files: Sequence[Path], size: int, device: torch.device
 ) -> np.ndarray:
     """Mean of `gradient` over the centres of pictures: (size, size), sums to 1.
+
+    The output is the reconstruction from latents that are not rounded: rounding has no gradient.
 
     Raises:
         UsageError: a picture is smaller than ``size``.
@@ -72,7 +67,7 @@ def field(
             raise UsageError(f"{file} is {width}x{height}, smaller than --size {size}")
         top, left = (height - size) // 2, (width - size) // 2
         x = x[None, :, top : top + size, left : left + size].to(device)
-        own = gradient(model, x, point).double().cpu()
+        own = gradient(lambda x: model.g_s(model.g_a(x)), x).double().cpu()
         total += own / own.sum()
     return (total / len(files)).numpy()
 
@@ -124,10 +119,8 @@ def draw(fields: dict[str, np.ndarray]) -> Figure:
         relative = np.maximum(values / values.max(), FLOOR)
         image = axes.imshow(relative, norm=LogNorm(FLOOR, 1), cmap="inferno")
         held = sides(values)
-        axes.set_title(style.NAMES.get(name, name))
-        axes.set_xlabel(", ".join(f"{share:.0%}: {side} px" for share, side in held.items()))
-        axes.set_xticks([])
-        axes.set_yticks([])
+        label = ", ".join(f"{share:.0%}: {side} px" for share, side in held.items())
+        axes.set(title=style.NAMES.get(name, name), xlabel=label, xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set_visible(False)
     bar = figure.colorbar(image, ax=row.tolist(), shrink=0.8, pad=0.02)
@@ -137,9 +130,8 @@ def draw(fields: dict[str, np.ndarray]) -> Figure:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog="python -m tools.figures.receptive_field",
-        description="Draw the effective receptive fields of trained networks.",
+    parser = style.parser(
+        "receptive_field", "Draw the effective receptive fields of trained networks."
     )
     parser.add_argument(
         "inputs", nargs="+", type=Path, help="checkpoints, or one .npz file that --save wrote"
@@ -148,17 +140,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--size", type=utils.positive_int, default=512, help="side of the centre crops, pixels"
     )
-    parser.add_argument(
-        "--point",
-        choices=("y", "x_hat"),
-        default="x_hat",
-        help="the centre of the reconstruction, or of the latents (default: x_hat)",
-    )
     parser.add_argument("--cuda", action="store_true")
     parser.add_argument("--save", type=Path, metavar="FILE.npz", help="write the fields here")
-    parser.add_argument(
-        "--output", type=Path, default=Path("pic/receptive_field.png"), metavar="FILE"
-    )
     args = parser.parse_args(argv)
     measured = args.inputs[0].suffix != ".npz"
     if measured and args.data is None:
@@ -184,9 +167,9 @@ def measure(args: argparse.Namespace) -> dict[str, np.ndarray]:
         checkpoint = load_checkpoint(path)
         model = build_from_checkpoint(checkpoint, path).to(device)
         name = checkpoint.get("model", path.stem)
-        fields[name] = field(model, files, args.size, args.point, device)
+        fields[name] = field(model, files, args.size, device)
     if args.save is not None:
-        about = f"gradient of the centre of {args.point}, mean over {len(files)} pictures"
+        about = f"gradient of the centre of x_hat, mean over {len(files)} pictures"
         save(fields, about, args.save)
     return fields
 

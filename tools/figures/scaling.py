@@ -8,16 +8,14 @@
 """
 
 import re
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from tools.figures import speed, style
-from utils import ArgumentParser, UsageError, run_main
+from utils import UsageError, run_main
 
 # What the bars are split into, in the order they are stacked.
 PARTS = {
@@ -38,27 +36,25 @@ MEASURED = (
 )
 RECORD = re.compile(r"(\w+) (\d+)x(\d+)$")
 
-Lines = dict[str, list[tuple[float, float]]]  # (megapixels, value), smallest first, by model
 
-
-def counted_lines(rows: Sequence[dict]) -> Lines:
+def counted_lines(rows: Sequence[dict]) -> style.Lines:
     """MACs of each model at each size, in units of 10^12."""
-    found: Lines = defaultdict(list)
-    for row in rows:
-        found[row["model"]].append((row["height"] * row["width"] / 1e6, row["macs"] / 1e12))
-    return {model: sorted(line) for model, line in found.items()}
+    return style.lines_over_pixels(
+        (row["model"], row["height"] * row["width"], row["macs"] / 1e12) for row in rows
+    )
 
 
-def measured_lines(records: Sequence[dict], operation: str, key: str, unit: float) -> Lines:
+def measured_lines(records: Sequence[dict], operation: str, key: str, unit: float) -> style.Lines:
     """What an operation took of each model at each size at which it was measured."""
-    found: Lines = defaultdict(list)
-    for record in records:
-        match = RECORD.match(record["name"])
-        measured = record["group"] == "variants" and record.get(key) is not None
-        if measured and match and match[1] == operation:
-            pixels = int(match[2]) * int(match[3])
-            found[record["model"]].append((pixels / 1e6, record[key] / unit))
-    return {model: sorted(line) for model, line in found.items()}
+
+    def points() -> Iterator[tuple[str, int, float]]:
+        for record in records:
+            match = RECORD.match(record["name"])
+            measured = record["group"] == "variants" and record.get(key) is not None
+            if measured and match and match[1] == operation:
+                yield record["model"], int(match[2]) * int(match[3]), record[key] / unit
+
+    return style.lines_over_pixels(points())
 
 
 def _draw_parts(axes: Axes, rows: Sequence[dict]) -> None:
@@ -88,67 +84,51 @@ def _draw_parts(axes: Axes, rows: Sequence[dict]) -> None:
     axes.set_title(f"MACs by part, {PARTS_SIZE[0]}×{PARTS_SIZE[1]}", pad=20)  # noqa: RUF001
 
 
-def _draw_lines(axes: Axes, lines: Lines, title: str, unit: str, colours: dict[str, str]) -> None:
+def _draw_lines(
+    axes: Axes, lines: style.Lines, colours: dict[str, str], title: str, unit: str
+) -> None:
     """One line per model over the picture's size."""
-    ends = []
-    for model, line in lines.items():
-        colour = colours[model]
-        ours = colour == style.ACCENT
-        x, y = zip(*line, strict=True)
-        axes.plot(x, y, "o-", color=colour, linewidth=2.2 if ours else 1.3, markersize=3.5 + ours)
-        ends.append((style.NAMES.get(model, model), x[-1], y[-1], colour))
-    axes.set_title(title)
-    axes.set_ylabel(unit)
-    axes.set_ylim(bottom=0)
-    axes.set_xlim(left=0)
+    ends = style.draw_lines(axes, lines, colours, title, unit)
+    axes.set(xlim=(0, None), ylim=(0, None))
     sizes = sorted({x for line in lines.values() for x, _ in line})
     # The labels of small sizes would overlap.
-    axes.xaxis.set_major_locator(FixedLocator([size for size in sizes if size > 0.08 * sizes[-1]]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.2g}"))
-    axes.set_xlabel("megapixels")
+    sizes = [size for size in sizes if size > 0.08 * sizes[-1]]
+    axes.set_xticks(sizes, [f"{size:.2g}" for size in sizes])
     style.label_lines(axes, ends)
 
 
 @style.styled
-def draw(rows: Sequence[dict], content: dict | None = None) -> Figure:
-    """Draw what was counted and, where there is a file of it, what was measured.
+def draw(rows: Sequence[dict], content: dict) -> Figure:
+    """Draw what was counted and what was measured.
 
     Args:
-        rows: as tools.complexity writes them; bars by part are drawn of those of 512x768.
+        rows: as tools.complexity --sweep writes them; bars by part are drawn of those of 512x768.
         content: as tools.benchmark writes it: ``machine``, and ``records`` of the group "variants".
             A quantity that was not measured gets no panel.
 
     Raises:
-        UsageError: there is nothing to draw.
+        UsageError: rows of 512x768 are missing.
     """
     bars = [row for row in rows if (row["height"], row["width"]) == PARTS_SIZE]
+    if not bars:
+        raise UsageError("nothing was counted at 512x768; draw a file of tools.complexity --sweep")
     panels = [(counted_lines(rows), "multiply-accumulates", "MACs [T]")]
-    for operation, key, scale, title, unit in MEASURED if content else ():
+    for operation, key, scale, title, unit in MEASURED:
         panels.append((measured_lines(content["records"], operation, key, scale), title, unit))
-    # A single size makes no line.
-    panels = [panel for panel in panels if any(len(line) > 1 for line in panel[0].values())]
-    count = bool(bars) + len(panels)
-    if not count:
-        raise UsageError("nothing to draw; expected rows of 512x768 or of several sizes (--sweep)")
-    figure, row = style.panels(
-        count, min(2, count), CELL, (0.6, 0.5, 2.95, 2.55), 0.25 if content else 0
-    )
-    if bars:
-        axes = row.pop(0)
-        _, bottom, _, height = axes.get_position().bounds
-        wide = figure.get_figwidth()
-        axes.set_position((0.95 / wide, bottom, 3.3 / wide, height))  # names stand on the left
-        _draw_parts(axes, bars)
-    others = iter(style.OTHERS * len(rows))
-    models = dict.fromkeys(model for lines, _, _ in panels for model in lines)
-    colours = {m: style.ACCENT if "mambavc" in m else next(others) for m in models}
-    for axes, (lines, title, unit) in zip(row, panels, strict=True):
-        _draw_lines(axes, lines, title, unit, colours)
-    if content:
-        machine = content["machine"]
-        default = machine.get("matmul_precision") == "highest"
-        flags = "PyTorch's default flags" if default else "matrix products in TF32"
-        style.note(figure, f"memory and time: {machine['device']}, {flags}, batch size 1")
+    panels = [panel for panel in panels if panel[0]]
+    place = (0.6, 0.5, 2.95, 2.55)
+    figure, (axes, *others) = style.panels(1 + len(panels), 2, CELL, place, footer=0.25)
+    _, bottom, _, height = axes.get_position().bounds
+    wide = figure.get_figwidth()
+    axes.set_position((0.95 / wide, bottom, 3.3 / wide, height))  # names stand on the left
+    _draw_parts(axes, bars)
+    colours = style.colours((model for lines, _, _ in panels for model in lines), "mambavc")
+    for axes, (lines, title, unit) in zip(others, panels, strict=True):
+        _draw_lines(axes, lines, colours, title, unit)
+    machine = content["machine"]
+    default = machine.get("matmul_precision") == "highest"
+    flags = "PyTorch's default flags" if default else "matrix products in TF32"
+    style.note(figure, f"memory and time: {machine['device']}, {flags}, batch size 1")
     return figure
 
 
@@ -158,18 +138,14 @@ def _check(content: dict) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = ArgumentParser(
-        prog="python -m tools.figures.scaling",
-        description="Draw what tools.complexity counted and tools.benchmark measured.",
+    parser = style.parser(
+        "scaling", "Draw what tools.complexity counted and tools.benchmark measured.", "complexity"
     )
     parser.add_argument("counts", type=Path, help="file of tools.complexity --json")
-    parser.add_argument(
-        "records", type=Path, nargs="?", help="file of tools.benchmark --only variants --json"
-    )
-    parser.add_argument("--output", type=Path, default=Path("pic/complexity.png"), metavar="FILE")
+    parser.add_argument("records", type=Path, help="of tools.benchmark --only variants --json")
     args = parser.parse_args(argv)
     rows = style.read_json(args.counts, "tools.complexity", _check)["rows"]
-    records = args.records and style.read_json(args.records, "tools.benchmark", speed.check)
+    records = style.read_json(args.records, "tools.benchmark", speed.check)
     style.save(draw(rows, records), args.output)
 
 

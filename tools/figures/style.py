@@ -1,14 +1,18 @@
 """One look for all figures: colours that colour-blind readers tell apart, labels at the lines."""
 
+import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from scipy.optimize import isotonic_regression
 
 import utils
 from utils import UsageError
@@ -19,6 +23,7 @@ MUTED = "#767676"
 FAINT = "#D9D9D9"
 # Okabe and Ito's palette in an order that keeps neighbours far apart in lightness.
 OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#8C6D00", "#000000")
+LABEL_GAP = 10.5  # least distance between two names of lines, in points
 # How figures call the registered networks.
 NAMES = {"mambavc": "MambaVC", "convvc": "CNN variant", "swinvc": "Swin variant"}
 
@@ -45,6 +50,16 @@ RC = {
     "savefig.facecolor": "white",
 }
 styled = rc_context(RC)  # decorates a function that draws
+
+Lines = dict[str, list[tuple[float, float]]]  # (megapixels, value), smallest first, by name
+
+
+def parser(name: str, description: str, picture: str = "") -> utils.ArgumentParser:
+    """The command line of a figure, which is drawn to pic/ by the name of its module or another."""
+    result = utils.ArgumentParser(prog=f"python -m tools.figures.{name}", description=description)
+    output = Path(f"pic/{picture or name}.png")
+    result.add_argument("--output", type=Path, default=output, metavar="FILE")
+    return result
 
 
 def panels(
@@ -80,35 +95,52 @@ def note(figure: Figure, text: str) -> None:
     figure.text(0.01, 0.06 / figure.get_figheight(), text, fontsize=7.5, color=MUTED)
 
 
-def spread(positions: Sequence[float], gap: float) -> list[float]:
+def lines_over_pixels(points: Iterable[tuple[str, int, float]]) -> Lines:
+    """A line for each name, of its (name, pixels, value); one size alone makes no line."""
+    found: Lines = defaultdict(list)
+    for name, pixels, value in points:
+        found[name].append((pixels / 1e6, value))
+    return {name: sorted(line) for name, line in found.items() if len(line) > 1}
+
+
+def colours(names: Iterable[str], ours: str) -> dict[str, str]:
+    """Colours of names: the accent for those that contain `ours`, one of its own for each other."""
+    others = itertools.cycle(OTHERS)
+    return {name: ACCENT if ours in name else next(others) for name in dict.fromkeys(names)}
+
+
+def draw_lines(
+    axes: Axes, lines: Lines, colours: dict[str, str], title: str, unit: str
+) -> list[tuple[str, float, float, str]]:
+    """Draw lines over megapixels, dashed where a CUDA graph is measured.
+
+    Returns:
+        What `label_lines` needs.
+    """
+    ends = []
+    for name, line in lines.items():
+        colour = colours[name]
+        look = {"linewidth": 2.2 if colour == ACCENT else 1.3, "color": colour}
+        axes.plot(*zip(*line, strict=True), "o--" if "graph" in name else "o-", **look)
+        ends.append((NAMES.get(name, name), *line[-1], colour))
+    axes.set(title=title, xlabel="megapixels", ylabel=unit)
+    return ends
+
+
+def spread(positions: Sequence[float], gap: float) -> np.ndarray:
     """Move positions as little as possible so that neighbours are at least `gap` apart.
 
-    The order of the positions is kept. Positions that touch form a group, which stays centred on
-    the mean of where its members want to be.
+    The order of the positions is kept; the sum of the squares of the moves is the smallest.
     """
-    order = sorted(range(len(positions)), key=lambda i: positions[i])
-    groups: list[tuple[float, list[int]]] = []  # (centre, members)
-    for i in order:
-        centre, members = positions[i], [i]
-        while groups:
-            before, others = groups[-1]
-            if centre - before >= gap * (len(members) + len(others)) / 2:
-                break
-            groups.pop()
-            total = before * len(others) + centre * len(members)
-            members = others + members
-            centre = total / len(members)
-        groups.append((centre, members))
-    result = list(positions)
-    for centre, members in groups:
-        for rank, i in enumerate(members):
-            result[i] = centre + gap * (rank - (len(members) - 1) / 2)
-    return result
+    order = np.argsort(positions, kind="stable")
+    steps = gap * np.arange(len(positions))
+    moved = np.empty(len(positions))
+    # Less the gaps that are to lie before them, positions need only not fall.
+    moved[order] = isotonic_regression(np.array(positions)[order] - steps).x + steps
+    return moved
 
 
-def label_lines(
-    axes: Axes, ends: Sequence[tuple[str, float, float, str]], gap_points: float = 10.5
-) -> None:
+def label_lines(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> None:
     """Write each line's name to the right of the axes, with a thin leader from the line's end.
 
     Call it when the limits of the axes and the figure's layout are final.
@@ -116,7 +148,6 @@ def label_lines(
     Args:
         axes: where the lines are.
         ends: (name, x, y, colour) of each line's last point, in data coordinates.
-        gap_points: least distance between two names, in points.
     """
     if not ends:
         return
@@ -124,7 +155,7 @@ def label_lines(
     to_axes = axes.transData + axes.transAxes.inverted()
     points = [to_axes.transform((x, y)) for _, x, y, _ in ends]
     height = axes.get_window_extent().height * 72 / axes.figure.dpi
-    heights = spread([y for _, y in points], gap_points / height)
+    heights = spread([y for _, y in points], LABEL_GAP / height)
     for (name, _, _, colour), (x, y), label_y in zip(ends, points, heights, strict=True):
         axes.annotate(
             name,

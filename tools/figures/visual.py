@@ -7,11 +7,11 @@
 """
 
 import argparse
+import bisect
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -21,7 +21,7 @@ import utils
 from models import Coder
 from models.checkpoint import build_from_checkpoint, load_checkpoint
 from tools.figures import style
-from utils import ArgumentParser, UsageError
+from utils import UsageError
 
 QUALITIES = range(1, 96)  # above 95, JPEG grows without a gain
 FORMATS = {"WebP": {"format": "WEBP", "method": 6}, "JPEG": {"format": "JPEG", "optimize": True}}
@@ -36,21 +36,15 @@ def encode_pillow(image: Image.Image, quality: int, **options) -> bytes:
 
 def at_size(image: Image.Image, num_bytes: int, **options) -> bytes:
     """The best quality of a format that takes at most this many bytes, or else its smallest."""
-    low, high = QUALITIES.start, QUALITIES.stop - 1
-    best = encode_pillow(image, low, **options)
-    while low < high:
-        middle = (low + high + 1) // 2
-        data = encode_pillow(image, middle, **options)
-        if len(data) <= num_bytes:
-            low, best = middle, data
-        else:
-            high = middle - 1
-    return best
+
+    def size(quality: int) -> int:
+        return len(encode_pillow(image, quality, **options))
+
+    fitting = bisect.bisect_right(QUALITIES, num_bytes, key=size)
+    return encode_pillow(image, QUALITIES[max(fitting - 1, 0)], **options)
 
 
-def compare(
-    coder: Coder, name: str, image: Image.Image, device: torch.device
-) -> list[tuple[str, Image.Image]]:
+def compare(coder: Coder, name: str, image: Image.Image) -> list[tuple[str, Image.Image]]:
     """(caption, picture) of the original, of the network, and of each of `FORMATS` at its rate."""
     pixels = image.width * image.height
     original = utils.to_tensor(image)
@@ -59,7 +53,7 @@ def compare(
         psnr = utils.psnr(original, utils.to_tensor(decoded))
         return f"{name}\n{8 * num_bytes / pixels:.3f} bpp, {psnr:.2f} dB"
 
-    stream = coder.encode(original[None].to(device))
+    stream = coder.encode(original[None])
     ours = utils.to_image(coder.decode(stream)[0])
     rows = [("Original\n24 bpp", image), (caption(name, len(stream), ours), ours)]
     for name, options in FORMATS.items():
@@ -83,8 +77,7 @@ def draw(rows: Sequence[tuple[str, Image.Image]], detail: tuple[int, int, int]) 
         axes = figure.add_axes((x / total[0], y / total[1], cell / total[0], high / total[1]))
         axes.imshow(image, interpolation="nearest", aspect="auto")
         axes.grid(False)
-        axes.set_xticks([])
-        axes.set_yticks([])
+        axes.set(xticks=[], yticks=[])
         for spine in axes.spines.values():
             spine.set(visible=ours, color=style.ACCENT, linewidth=2)
         return axes
@@ -111,9 +104,8 @@ def draw(rows: Sequence[tuple[str, Image.Image]], detail: tuple[int, int, int]) 
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(
-        prog="python -m tools.figures.visual",
-        description="Compare the network with WebP and JPEG on one picture at one rate.",
+    parser = style.parser(
+        "visual", "Compare the network with WebP and JPEG on one picture at one rate."
     )
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--image", type=Path, required=True)
@@ -124,14 +116,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar=("LEFT", "TOP", "SIDE"),
         help="square to enlarge, in pixels (default: the centre, a quarter of the shorter side)",
     )
-    parser.add_argument("--cuda", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path("pic/visual.png"), metavar="FILE")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    device = utils.select_device(args.cuda)
     style.check_output(args.output)
     image = utils.read_image(args.image)
     side = max(1, min(image.size) // 4)
@@ -143,9 +132,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{image.width}x{image.height} pixels"
         )
     checkpoint = load_checkpoint(args.checkpoint)
-    coder = Coder(build_from_checkpoint(checkpoint, args.checkpoint).to(device))
+    coder = Coder(build_from_checkpoint(checkpoint, args.checkpoint))
     name = checkpoint.get("model", "mambavc")
-    rows = compare(coder, style.NAMES.get(name, name), image, device)
+    rows = compare(coder, style.NAMES.get(name, name), image)
     for caption, _ in rows:
         print(caption.replace("\n", ": "))
     style.save(draw(rows, detail), args.output, dpi=140)
