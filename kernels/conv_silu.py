@@ -7,8 +7,6 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from kernels import backends
 
-__all__ = ["depthwise_conv_silu"]
-
 
 def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """SiLU of a depthwise 3x3 convolution with zero padding 1, channels last.

@@ -7,8 +7,6 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-__all__ = ["GraphedGradients", "GraphedUpdate", "Replay"]
-
 WARM_UP_CALLS = 3  # compilation, tuning and allocation happen here, which a capture cannot hold
 
 

@@ -6,8 +6,6 @@ from torch import Tensor
 
 from kernels import backends
 
-__all__ = ["norm_gate"]
-
 
 def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """LayerNorm of y over its last axis, times SiLU(z).

@@ -11,8 +11,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from kernels.scan_reference import ScanInputs
 
-__all__ = ["scan_2d", "scan_flops", "scan_macs"]
-
 _INPUTS = ", ".join(f"Tensor {name}" for name in ScanInputs._fields)
 _GRADIENTS = ", ".join(["Tensor"] * len(ScanInputs._fields))
 

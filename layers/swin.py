@@ -9,8 +9,6 @@ from torch import Tensor
 from .compressai import AttentionBlock, conv1x1
 from .drop_path import DropPath
 
-__all__ = ["SwinAttentionBlock", "SwinBlock", "WindowAttention"]
-
 
 def _relative_positions(window_size: int) -> Tensor:
     """Offsets between all pairs of pixels of a window, shifted to be >= 0: (p*p, p*p, 2)."""

@@ -11,8 +11,6 @@ from layers.compressai import CompressionModel, quantize_ste, remap_old_keys
 from .coding import Coder
 from .entropy import SlicePredictor
 
-__all__ = ["SliceHyperprior"]
-
 # Buffers whose size depends on training, not on the architecture.
 _TABLES = ("_quantized_cdf", "_cdf_length", "_offset", "scale_table")
 

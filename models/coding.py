@@ -29,8 +29,6 @@ from .entropy import LatentDecoder, LatentEncoder, LatentTables, SlicePredictor
 if TYPE_CHECKING:
     from .base import SliceHyperprior
 
-__all__ = ["Coder", "fingerprint"]
-
 MAX_GRAPHED_SIZES = 8  # of pictures; each has 13 graphs, whose memory is kept
 
 # What only the encoder uses, and what the tables were made from.

@@ -47,18 +47,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = [
-    "MAX_BYTES",
-    "MAX_PIXELS",
-    "MAX_SIDE",
-    "VERSION",
-    "BitstreamError",
-    "Stream",
-    "check_size",
-    "pack",
-    "unpack",
-]
-
 VERSION = 1
 MAX_SIDE = 65_535
 MAX_PIXELS = 2**26

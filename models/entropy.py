@@ -14,15 +14,6 @@ from layers.compressai import EntropyBottleneck, GaussianConditional
 from .container import BitstreamError
 from .rans import MAX_SYMBOL, SymbolDecoder, Tables, encode
 
-__all__ = [
-    "GUARD",
-    "Bottleneck",
-    "LatentDecoder",
-    "LatentEncoder",
-    "LatentTables",
-    "SlicePredictor",
-]
-
 # A scale whose logarithm lies this close to a boundary of the scale table may get another table
 # index on another device. Float64 keeps devices within about 1e-12 of each other.
 GUARD = 1e-6

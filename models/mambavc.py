@@ -12,8 +12,6 @@ from ._registry import register_model
 from .base import SliceHyperprior
 from .entropy import Bottleneck
 
-__all__ = ["MambaVC"]
-
 
 @register_model("mambavc")
 class MambaVC(SliceHyperprior):

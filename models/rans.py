@@ -31,8 +31,6 @@ from layers.compressai import EntropyModel
 
 from .container import BitstreamError
 
-__all__ = ["MAX_SYMBOL", "SymbolDecoder", "Tables", "encode"]
-
 # float32 holds every integer up to here; latents beyond it are not worth coding.
 MAX_SYMBOL = 2**24
 

@@ -9,8 +9,6 @@ from layers import DropPath, SwinBlock
 from ._registry import register_model
 from .mambavc import MambaVC
 
-__all__ = ["ConvVC", "SwinVC"]
-
 HEAD_DIM, WINDOW, MLP_RATIO = 32, 8, 4
 
 
