@@ -12,7 +12,7 @@ import contextlib
 import copy
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -273,13 +273,11 @@ def _in_float64(slices: SlicePredictor) -> SlicePredictor:
     return slices
 
 
-@contextlib.contextmanager
-def _deterministic_arithmetic() -> Iterator[None]:
+def _deterministic_arithmetic() -> contextlib.AbstractContextManager:
     """Fixed convolution algorithms without TF32, so that both ends of a stream compute alike."""
-    with torch.backends.cudnn.flags(
+    return torch.backends.cudnn.flags(
         enabled=torch.backends.cudnn.enabled, deterministic=True, benchmark=False, allow_tf32=False
-    ):
-        yield
+    )
 
 
 def fingerprint(state_dict: Mapping[str, Tensor]) -> bytes:
