@@ -1,14 +1,14 @@
 """The compiled scan as PyTorch operators: `torch.ops.mambavc.scan_2d` and its backward.
 
 Their tensors are those of `ScanInputs`, contiguous on a GPU. CPU tensors run `kernels.scan_cpu`,
-CUDA tensors `kernels.scan_triton`; each is imported at its first call. The backward operator
-recomputes what it needs, so only the inputs are kept between the passes.
+CUDA tensors `kernels.scan_triton`; each is imported at its first call.
 """
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.operators import make_differentiable
 from kernels.scan_reference import ScanInputs
 
 _INPUTS = ", ".join(f"Tensor {name}" for name in ScanInputs._fields)
@@ -31,11 +31,6 @@ def _scan_2d_cuda(*inputs):
     return scan_2d_forward(ScanInputs(*inputs))
 
 
-@scan_2d.register_fake
-def _scan_2d_shape(x, *others):
-    return _empty(x)
-
-
 @torch.library.custom_op(
     "mambavc::scan_2d_backward",
     mutates_args=(),
@@ -55,24 +50,7 @@ def _scan_2d_backward_cuda(dy, *inputs):
     return tuple(run(dy, ScanInputs(*inputs)))
 
 
-@scan_2d_backward.register_fake
-def _scan_2d_backward_shapes(dy, *inputs):
-    return tuple(_empty(value) for value in inputs)
-
-
-def _empty(like: Tensor) -> Tensor:
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-
-def _save_inputs(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx, dy):
-    return scan_2d_backward(dy.contiguous(), *ctx.saved_tensors)
-
-
-scan_2d.register_autograd(_gradients, setup_context=_save_inputs)
+make_differentiable(scan_2d, scan_2d_backward)
 
 
 def scan_macs(batch: int, height: int, width: int, dim: int, dstate: int, dt_rank: int) -> int:

@@ -12,10 +12,7 @@ from .drop_path import DropPath
 
 def _relative_positions(window_size: int) -> Tensor:
     """Offsets between all pairs of pixels of a window, shifted to be >= 0: (p*p, p*p, 2)."""
-    rows, columns = torch.meshgrid(
-        torch.arange(window_size), torch.arange(window_size), indexing="ij"
-    )
-    positions = torch.stack((rows.flatten(), columns.flatten()), dim=-1)
+    positions = torch.cartesian_prod(*[torch.arange(window_size)] * 2)  # (p*p, 2)
     return positions[:, None] - positions[None, :] + window_size - 1
 
 

@@ -189,15 +189,9 @@ def _collate(crops: Sequence[Batch]) -> Batch:
 
 def _start_worker(worker: int) -> None:
     # A signal to the process group is for the main process, which first saves its run. It then has
-    # to call `_end_workers`, or it would wait for its workers forever.
+    # to end its workers (see `_reading`), or it would wait for them forever.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _end_workers(batches: Iterator) -> None:
-    """End the processes behind a DataLoader's iterator."""
-    if hasattr(batches, "_shutdown_workers"):
-        batches._shutdown_workers()
 
 
 def _loader(dataset: Dataset, workers: int, **kwargs) -> DataLoader:
@@ -214,18 +208,24 @@ def _loader(dataset: Dataset, workers: int, **kwargs) -> DataLoader:
 
 
 @contextlib.contextmanager
+def _reading(loader: DataLoader) -> Iterator[Iterator]:
+    """What a DataLoader yields; its worker processes end with this context."""
+    items = iter(loader)
+    try:
+        yield items
+    finally:
+        if hasattr(items, "_shutdown_workers"):
+            items._shutdown_workers()
+
+
 def training_batches(
     crops: Crops, sampler: CropSampler, workers: int, pin_memory: bool
-) -> Iterator[Iterator[Batch]]:
+) -> contextlib.AbstractContextManager[Iterator[Batch]]:
     """Endless training batches, read ahead by worker processes (0: none) inside this context."""
     loader = _loader(
         crops, workers, batch_sampler=sampler, collate_fn=_collate, pin_memory=pin_memory
     )
-    batches = iter(loader)
-    try:
-        yield batches
-    finally:
-        _end_workers(batches)
+    return _reading(loader)
 
 
 class WholePictures:
@@ -263,8 +263,7 @@ class WholePictures:
         """Yield uint8 (batch, height, width, 3); unreadable files go to ``problems``."""
         batch: list[np.ndarray] = []
         self.problems = []
-        pictures = iter(self._loader)
-        try:
+        with _reading(self._loader) as pictures:
             for pixels in pictures:
                 if isinstance(pixels, str):
                     self.problems.append(pixels)
@@ -276,8 +275,6 @@ class WholePictures:
                 batch.append(pixels)
             if batch:
                 yield torch.from_numpy(np.stack(batch))
-        finally:
-            _end_workers(pictures)
 
 
 def open_dataset(root: Path, cache: bool, processes: Processes) -> tuple[Pictures, Pictures]:
