@@ -38,10 +38,9 @@ class Bottleneck(EntropyBottleneck):
         likelihoods, _, _ = self._likelihood(outputs)
         if self.use_likelihood_bound:
             likelihoods = self.likelihood_lower_bound(likelihoods)
-        shape = channels_first.shape
-        return (
-            outputs.reshape(shape).transpose(0, 1).contiguous(),
-            likelihoods.reshape(shape).transpose(0, 1).contiguous(),
+        return tuple(
+            values.reshape(channels_first.shape).transpose(0, 1).contiguous()
+            for values in (outputs, likelihoods)
         )
 
     def medians(self) -> Tensor:

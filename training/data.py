@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,6 +136,7 @@ class Crops(Dataset):
         return torch.from_numpy(crop.copy())
 
 
+@dataclass
 class CropSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of keys (epoch, index) for `Crops`, from any point of a run on.
 
@@ -151,34 +153,22 @@ class CropSampler(Sampler[list[tuple[int, int]]]):
         rank, world_size: this process among all.
     """
 
-    def __init__(
-        self,
-        num_pictures: int,
-        batch_size: int,
-        seed: int,
-        start: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.num_pictures = num_pictures
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start = start
-        self.rank = rank
-        self.world_size = world_size
-        self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)
-
-    def _draw_permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(self.num_pictures)
-
-    def _key(self, position: int) -> tuple[int, int]:
-        epoch, offset = divmod(position, self.num_pictures)
-        return epoch, int(self._permutation(epoch)[offset])
+    num_pictures: int
+    batch_size: int
+    seed: int
+    start: int = 0
+    rank: int = 0
+    world_size: int = 1
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        @functools.lru_cache(maxsize=2)
+        def permutation(epoch: int) -> np.ndarray:
+            return np.random.default_rng((self.seed, epoch)).permutation(self.num_pictures)
+
         for batch in itertools.count(self.start):
             first = (batch * self.world_size + self.rank) * self.batch_size
-            yield [self._key(position) for position in range(first, first + self.batch_size)]
+            places = (divmod(first + i, self.num_pictures) for i in range(self.batch_size))
+            yield [(epoch, int(permutation(epoch)[offset])) for epoch, offset in places]
 
 
 def _collate(crops: Sequence[Batch]) -> Batch:
