@@ -65,7 +65,7 @@ def _backward_operator(
     return conv_silu_backward(dy, x, weight, bias)
 
 
-make_differentiable(_operator, _backward_operator)
+make_differentiable("depthwise_conv_silu")
 
 
 # Where the kernels do not run, the counter sees PyTorch's own convolution, so its formulas are

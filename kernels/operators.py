@@ -2,24 +2,24 @@
 
 import torch
 from torch import Tensor
-from torch.library import CustomOpDef
 
 
-def make_differentiable(forward: CustomOpDef, backward: CustomOpDef) -> None:
-    """Let an operator differentiate by another, and let the compiler know the shapes of both.
+def make_differentiable(name: str) -> None:
+    """Let ``torch.ops.mambavc.<name>`` differentiate by ``<name>_backward``.
 
-    Args:
-        forward: takes tensors, then perhaps numbers; its result is like the first tensor.
-        backward: takes the gradient by that result, then the same; returns the gradients by the
-            tensors. It recomputes what it needs, so only the inputs are kept between the passes.
+    The first takes tensors, then perhaps numbers; its result is like the first tensor. The second
+    takes the gradient by that result, then the same, and returns the gradients by the tensors. It
+    recomputes what it needs: only the inputs are kept between the passes. The compiler gets to
+    know the shapes of both.
     """
+    forward, backward = f"mambavc::{name}", f"mambavc::{name}_backward"
 
-    @forward.register_fake
-    def _(x, *others):
+    @torch.library.register_fake(forward)
+    def result(x, *others):
         return _contiguous_like(x)
 
-    @backward.register_fake
-    def _(dout, *inputs):
+    @torch.library.register_fake(backward)
+    def gradients(dout, *inputs):
         return tuple(_contiguous_like(each) for each in inputs if isinstance(each, Tensor))
 
     def save_inputs(ctx, inputs, output) -> None:
@@ -27,11 +27,12 @@ def make_differentiable(forward: CustomOpDef, backward: CustomOpDef) -> None:
         ctx.save_for_backward(*tensors)
         ctx.numbers = inputs[len(tensors) :]
 
-    def gradients(ctx, dout):
-        by_tensors = backward(dout.contiguous(), *ctx.saved_tensors, *ctx.numbers)
+    def differentiate(ctx, dout):
+        operator = getattr(torch.ops.mambavc, f"{name}_backward")
+        by_tensors = operator(dout.contiguous(), *ctx.saved_tensors, *ctx.numbers)
         return *by_tensors, *[None] * len(ctx.numbers)
 
-    forward.register_autograd(gradients, setup_context=save_inputs)
+    torch.library.register_autograd(forward, differentiate, setup_context=save_inputs)
 
 
 def _contiguous_like(x: Tensor) -> Tensor:

@@ -50,7 +50,7 @@ def _scan_2d_backward_cuda(dy, *inputs):
     return tuple(run(dy, ScanInputs(*inputs)))
 
 
-make_differentiable(scan_2d, scan_2d_backward)
+make_differentiable("scan_2d")
 
 
 def scan_macs(batch: int, height: int, width: int, dim: int, dstate: int, dt_rank: int) -> int:
