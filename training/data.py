@@ -218,6 +218,7 @@ def training_batches(
     return _reading(loader)
 
 
+@dataclass
 class WholePictures:
     """Whole pictures in batches of one size.
 
@@ -229,23 +230,20 @@ class WholePictures:
         min_side: smaller pictures are padded by reflection.
     """
 
-    def __init__(
-        self,
-        pictures: Pictures,
-        batch_size: int,
-        workers: int,
-        rank: int = 0,
-        world_size: int = 1,
-        min_side: int = 1,
-    ):
+    pictures: Pictures
+    batch_size: int
+    workers: int
+    rank: int = 0
+    world_size: int = 1
+    min_side: int = 1
+
+    def __post_init__(self) -> None:
         self.problems: list[str] = []
-        self._batch_size = batch_size
-        self._min_side = min_side
         self._loader = _loader(
-            pictures,
-            workers,
+            self.pictures,
+            self.workers,
             batch_size=None,
-            sampler=range(rank, len(pictures), world_size),
+            sampler=range(self.rank, len(self.pictures), self.world_size),
             collate_fn=lambda picture: picture,
         )
 
@@ -258,8 +256,8 @@ class WholePictures:
                 if isinstance(pixels, str):
                     self.problems.append(pixels)
                     continue
-                pixels = pad_to(pixels, self._min_side, self._min_side)
-                if batch and (len(batch) == self._batch_size or batch[0].shape != pixels.shape):
+                pixels = pad_to(pixels, self.min_side, self.min_side)
+                if batch and (len(batch) == self.batch_size or batch[0].shape != pixels.shape):
                     yield torch.from_numpy(np.stack(batch))
                     batch = []
                 batch.append(pixels)
