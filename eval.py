@@ -219,30 +219,19 @@ def check_reconstructions(files: Sequence[Path], folder: Path) -> None:
     targets = [folder / f"{file.stem}.png" for file in files]
     for target in targets:
         utils.check_output(target)
+    existing = [target.stat() for target in targets if target.exists()]
     originals = [file.stat() for file in files]
-    overwritten = [target for target in targets if target.exists() and _is_one(target, originals)]
-    if overwritten or folder.samefile(files[0].parent):
+    overwrites = any(os.path.samestat(a, b) for a in existing for b in originals)
+    if overwrites or folder.samefile(files[0].parent):
         raise UsageError(
             f"--save-images {folder} would write over the pictures that are evaluated, or among "
             "them; give another folder"
         )
 
 
-def _is_one(file: Path, others: Sequence[os.stat_result]) -> bool:
-    return any(os.path.samestat(file.stat(), other) for other in others)
-
-
-def to_json(results: dict) -> str:
-    """Results as JSON, which knows no infinity: the PSNR of identical pictures becomes null."""
-
-    def finite(value):
-        if isinstance(value, dict):
-            return {key: finite(item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [finite(item) for item in value]
-        return None if value == math.inf else value
-
-    return json.dumps(finite(results), indent=2, allow_nan=False) + "\n"
+def without_infinity(row: dict) -> dict:
+    """JSON knows no infinity, the PSNR of identical pictures: there it is null."""
+    return {key: None if value == math.inf else value for key, value in row.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -274,12 +263,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "description": f"{args.checkpoint} on {folder}, {len(rows)} pictures, "
             + ("estimated rates" if args.estimate else "real bitstreams")
             + f", {torch.cuda.get_device_name(device) if args.cuda else 'CPU'}",
-            "results": {key: [value] for key, value in means.items()},
-            "images": rows,
+            "results": {key: [value] for key, value in without_infinity(means).items()},
+            "images": [without_infinity(row) for row in rows],
             "skipped": skipped,
         }
         with utils.atomic_write(args.json) as path:
-            path.write_text(to_json(results))
+            path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,6 +133,7 @@ def as_input(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2).float().div_(255)  # this order is called channels last
 
 
+@dataclass
 class Step:
     """One step of the optimisers: forward and backward passes, clipping, update.
 
@@ -145,28 +147,21 @@ class Step:
         graphs: replay passes and updates from CUDA graphs; a step is then one batch.
     """
 
-    def __init__(
-        self,
-        model: models.SliceHyperprior,
-        criterion: nn.Module,
-        net_optimizers: dict[str, Optimizer],
-        aux_optimizer: Optimizer,
-        processes: Processes,
-        amp: bool = False,
-        clip: float = math.inf,
-        graphs: bool = False,
-    ):
-        self.model = model
-        self.criterion = criterion
-        self.optimizers = [*net_optimizers.values(), aux_optimizer]
-        groups = [group for each in net_optimizers.values() for group in each.param_groups]
+    model: models.SliceHyperprior
+    criterion: nn.Module
+    net_optimizers: dict[str, Optimizer]
+    aux_optimizer: Optimizer
+    processes: Processes
+    amp: bool = False
+    clip: float = math.inf
+    graphs: bool = False
+
+    def __post_init__(self) -> None:
+        self.optimizers = [*self.net_optimizers.values(), self.aux_optimizer]
+        groups = [group for each in self.net_optimizers.values() for group in each.param_groups]
         self.net_parameters = [p for group in groups for p in group["params"]]
-        self.processes = processes
-        self.amp = amp
-        self.clip = clip
-        self.graphs = graphs
         self.captured_shape: torch.Size | None = None
-        self.net = processes.wrap(model, average=not graphs)
+        self.net = self.processes.wrap(self.model, average=not self.graphs)
 
     def __call__(self, batches: Sequence[Tensor], stop: threading.Event | None = None) -> Measured:
         """Take a step on the mean loss of batches, unless it is not finite.

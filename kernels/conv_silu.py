@@ -6,8 +6,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from kernels import backends
-
-__all__ = ["depthwise_conv_silu"]
+from kernels.operators import make_differentiable
 
 
 def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -57,11 +56,6 @@ def _operator(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return conv_silu_forward(x, weight, bias)
 
 
-@_operator.register_fake
-def _operator_shape(x, weight, bias):
-    return torch.empty_like(x)
-
-
 @torch.library.custom_op("mambavc::depthwise_conv_silu_backward", mutates_args=())
 def _backward_operator(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor
@@ -71,20 +65,7 @@ def _backward_operator(
     return conv_silu_backward(dy, x, weight, bias)
 
 
-@_backward_operator.register_fake
-def _backward_operator_shapes(dy, *inputs):
-    return tuple(torch.empty_like(value) for value in inputs)
-
-
-def _save_inputs(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx, dy):
-    return _backward_operator(dy.contiguous(), *ctx.saved_tensors)
-
-
-_operator.register_autograd(_gradients, setup_context=_save_inputs)
+make_differentiable("depthwise_conv_silu")
 
 
 # Where the kernels do not run, the counter sees PyTorch's own convolution, so its formulas are

@@ -7,8 +7,6 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-__all__ = ["GraphedGradients", "GraphedUpdate", "Replay"]
-
 WARM_UP_CALLS = 3  # compilation, tuning and allocation happen here, which a capture cannot hold
 
 
@@ -83,7 +81,13 @@ class GraphedUpdate:
             rate.fill_(group["lr"])
             group.update(lr=rate, capturable=self.calls >= WARM_UP_CALLS)
         try:
-            self._step()
+            if self.calls < WARM_UP_CALLS:
+                self._step()
+            else:
+                if self.calls == WARM_UP_CALLS:
+                    with _capture(self.graph, self.stream):
+                        self._step()
+                self.graph.replay()
         finally:
             # Schedules and checkpoints see plain numbers.
             for group, values in zip(self.groups, plain, strict=True):
@@ -92,15 +96,6 @@ class GraphedUpdate:
         self.calls += 1
 
     def _step(self) -> None:
-        if self.calls < WARM_UP_CALLS:
-            self._step_eagerly()
-            return
-        if self.calls == WARM_UP_CALLS:
-            with _capture(self.graph, self.stream):
-                self._step_eagerly()
-        self.graph.replay()
-
-    def _step_eagerly(self) -> None:
         for optimizer in self.optimizers:
             optimizer.step()
 

@@ -5,8 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import backends
-
-__all__ = ["norm_gate"]
+from kernels.operators import make_differentiable
 
 
 def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -59,11 +58,6 @@ def _operator(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) ->
     return norm_gate_forward(y, z, weight, bias, eps)
 
 
-@_operator.register_fake
-def _operator_shape(y, z, weight, bias, eps):
-    return torch.empty_like(y)
-
-
 @torch.library.custom_op("mambavc::norm_gate_backward", mutates_args=())
 def _backward_operator(
     dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
@@ -73,18 +67,4 @@ def _backward_operator(
     return norm_gate_backward(dout, y, z, weight, bias, eps)
 
 
-@_backward_operator.register_fake
-def _backward_operator_shapes(dout, y, z, weight, bias, eps):
-    return tuple(torch.empty_like(value) for value in (y, z, weight, bias))
-
-
-def _save_inputs(ctx, inputs, output) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _gradients(ctx, dout):
-    return *_backward_operator(dout.contiguous(), *ctx.saved_tensors, ctx.eps), None
-
-
-_operator.register_autograd(_gradients, setup_context=_save_inputs)
+make_differentiable("norm_gate")

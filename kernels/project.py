@@ -5,8 +5,6 @@ from torch import Tensor
 
 from kernels import backends
 
-__all__ = ["project"]
-
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """`torch.nn.functional.linear` without bias, on channels-last maps.

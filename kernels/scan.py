@@ -7,8 +7,6 @@ from kernels import backends, scan_operator, scan_reference
 from kernels.project import project
 from kernels.scan_reference import ScanInputs
 
-__all__ = ["selective_scan_2d"]
-
 
 def selective_scan_2d(
     x: Tensor,

@@ -20,8 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch  # noqa: F401, loads its OpenMP library
 
-__all__ = ["run"]
-
 _Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _pool: ThreadPoolExecutor | None = None
 _forked = False

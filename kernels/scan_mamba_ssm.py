@@ -11,14 +11,9 @@ from torch import Tensor
 from kernels.scan_reference import ScanInputs
 
 
+@torch.autocast("cuda", enabled=False)  # the extension wants one dtype throughout
 def scan_2d(inputs: ScanInputs) -> Tensor:
     """`kernels.scan_reference.scan_2d` for CUDA tensors of 32 or 16 bits."""
-    # The extension wants one dtype throughout.
-    with torch.autocast(inputs.x.device.type, enabled=False):
-        return _scan_2d(inputs)
-
-
-def _scan_2d(inputs: ScanInputs) -> Tensor:
     x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds = inputs
     height, width, dim = x.shape[1:]
     dstate = inputs.dstate

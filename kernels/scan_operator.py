@@ -1,17 +1,15 @@
 """The compiled scan as PyTorch operators: `torch.ops.mambavc.scan_2d` and its backward.
 
 Their tensors are those of `ScanInputs`, contiguous on a GPU. CPU tensors run `kernels.scan_cpu`,
-CUDA tensors `kernels.scan_triton`; each is imported at its first call. The backward operator
-recomputes what it needs, so only the inputs are kept between the passes.
+CUDA tensors `kernels.scan_triton`; each is imported at its first call.
 """
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from kernels.operators import make_differentiable
 from kernels.scan_reference import ScanInputs
-
-__all__ = ["scan_2d", "scan_flops", "scan_macs"]
 
 _INPUTS = ", ".join(f"Tensor {name}" for name in ScanInputs._fields)
 _GRADIENTS = ", ".join(["Tensor"] * len(ScanInputs._fields))
@@ -52,34 +50,7 @@ def _backward_on_cuda(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(scan_triton.scan_2d_backward(dy, ScanInputs(*inputs)))
 
 
-@torch.library.register_fake("mambavc::scan_2d")
-def _forward_shape(x: Tensor, *others: Tensor) -> Tensor:
-    return _empty(x)
-
-
-@torch.library.register_fake("mambavc::scan_2d_backward")
-def _backward_shapes(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(_empty(value) for value in inputs)
-
-
-def _empty(like: Tensor) -> Tensor:
-    return torch.empty_like(like, memory_format=torch.contiguous_format)
-
-
-def _save_inputs(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _gradients(ctx, dy):
-    return scan_2d_backward(dy.contiguous(), *ctx.saved_tensors)
-
-
-def _refuse(ctx, *gradients):
-    raise RuntimeError("scan_2d_backward has no gradients of its own; use backend='reference'")
-
-
-torch.library.register_autograd("mambavc::scan_2d", _gradients, setup_context=_save_inputs)
-torch.library.register_autograd("mambavc::scan_2d_backward", _refuse)
+make_differentiable("scan_2d")
 
 
 def scan_macs(batch: int, height: int, width: int, dim: int, dstate: int, dt_rank: int) -> int:

@@ -35,8 +35,9 @@ def import_without(package: str, unused: Iterable[str]) -> None:
     if package in sys.modules:
         return
     before = set(sys.modules)
-    placed = {name: _empty_package(name) for name in unused if name not in sys.modules}
+    placed = {name: ModuleType(name) for name in unused if name not in sys.modules}
     for name, module in placed.items():
+        module.__path__ = []  # what makes it a package
         sys.modules[name] = module
         parent, _, child = name.rpartition(".")
         if parent in placed:
@@ -49,19 +50,13 @@ def import_without(package: str, unused: Iterable[str]) -> None:
                 del sys.modules[name]
     finally:
         for name, module in placed.items():
-            del sys.modules[name]
+            sys.modules.pop(name, None)
             parent, _, child = name.rpartition(".")
             # Not by getattr: a package may import what it is asked for.
             attributes = vars(sys.modules[parent]) if parent in sys.modules else {}
             if attributes.get(child) is module:
                 del attributes[child]
     importlib.import_module(package)
-
-
-def _empty_package(name: str) -> ModuleType:
-    module = ModuleType(name)
-    module.__path__ = []  # what makes it a package
-    return module
 
 
 with warnings.catch_warnings():

@@ -3,8 +3,6 @@
 import torch.nn as nn
 from torch import Tensor
 
-__all__ = ["DropPath"]
-
 
 class DropPath(nn.Module):
     """In training, set each sample of a residual branch to zero with a probability.

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from kernels import depthwise_conv_silu, norm_gate, project, selective_scan_2d
 
-__all__ = ["SS2D"]
-
 DIRECTIONS = 4  # row-major, column-major, and both reversed
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # Mamba's range of initial step sizes
 

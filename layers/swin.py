@@ -1,4 +1,4 @@
-"""Window attention and Swin blocks on channels-last maps (Liu et al., arXiv:2103.14030)."""
+"""Window attention and Swin blocks (Liu et al., arXiv:2103.14030)."""
 
 import torch
 import torch.nn as nn
@@ -9,15 +9,10 @@ from torch import Tensor
 from .compressai import AttentionBlock, conv1x1
 from .drop_path import DropPath
 
-__all__ = ["SwinAttentionBlock", "SwinBlock", "WindowAttention"]
-
 
 def _relative_positions(window_size: int) -> Tensor:
     """Offsets between all pairs of pixels of a window, shifted to be >= 0: (p*p, p*p, 2)."""
-    rows, columns = torch.meshgrid(
-        torch.arange(window_size), torch.arange(window_size), indexing="ij"
-    )
-    positions = torch.stack((rows.flatten(), columns.flatten()), dim=-1)
+    positions = torch.cartesian_prod(*[torch.arange(window_size)] * 2)  # (p*p, 2)
     return positions[:, None] - positions[None, :] + window_size - 1
 
 
@@ -36,8 +31,8 @@ def _hidden_pairs(window_size: int, shift: int) -> Tensor:
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside square windows, with a learned relative position bias.
 
-    Maps whose sides are not multiples of the window are padded with zeros at the bottom and the
-    right and cropped again, so any size from 1x1 up works.
+    It works on channels-last maps. Those whose sides are not multiples of the window are padded
+    with zeros at the bottom and the right and cropped again, so any size from 1x1 up works.
 
     Args:
         dim: channels of the map, a multiple of ``head_dim``.
@@ -99,11 +94,12 @@ class WindowAttention(nn.Module):
 
 
 class SwinBlock(nn.Module):
-    """Pre-norm transformer block with window attention: (batch, height, width, dim) to the same.
+    """Pre-norm transformer block with window attention on (batch, dim, height, width) maps.
+
+    The hidden layer of its MLP is four times as wide.
 
     Args:
         dim, head_dim, window_size, shift: see `WindowAttention`.
-        mlp_ratio: hidden width of the MLP as a multiple of ``dim``.
         drop_path: probability of dropping a residual branch in training.
     """
 
@@ -113,7 +109,6 @@ class SwinBlock(nn.Module):
         head_dim: int,
         window_size: int = 8,
         shift: int = 0,
-        mlp_ratio: int = 4,
         drop_path: float = 0.0,
     ):
         super().__init__()
@@ -121,47 +116,34 @@ class SwinBlock(nn.Module):
         self.msa = WindowAttention(dim, head_dim, window_size, shift)
         self.drop_path = DropPath(drop_path)
         self.ln2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(
-            nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim)
-        )
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
         x = x + self.drop_path(self.msa(self.ln1(x)))
-        return x + self.drop_path(self.mlp(self.ln2(x)))
-
-
-class _SwinPair(nn.Module):
-    """A Swin block and one with shifted windows, as an NCHW module."""
-
-    def __init__(self, dim: int, head_dim: int, window_size: int, drop_path: float):
-        super().__init__()
-        self.block_1 = SwinBlock(dim, head_dim, window_size, 0, drop_path=drop_path)
-        self.block_2 = SwinBlock(dim, head_dim, window_size, window_size // 2, drop_path=drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = rearrange(x, "b d h w -> b h w d")
-        return rearrange(self.block_2(self.block_1(x)), "b h w d -> b d h w")
+        return (x + self.drop_path(self.mlp(self.ln2(x)))).permute(0, 3, 1, 2)
 
 
 class SwinAttentionBlock(AttentionBlock):
     """CompressAI's attention block with Swin blocks before its mask (Liu et al., arXiv:2303.14978).
 
     A 1x1 convolution reduces the input to ``hidden_dim`` channels; the trunk ``conv_a`` is gated
-    by the sigmoid of ``conv_b`` applied to the Swin blocks' output; a second 1x1 convolution
-    restores the width.
+    by the sigmoid of ``conv_b`` applied to the output of two Swin blocks, of which the second has
+    shifted windows; a second 1x1 convolution restores the width.
 
     Args:
         dim: channels of input and output.
         hidden_dim: channels inside.
-        head_dim, window_size, drop_path: see `SwinBlock`.
+        head_dim, window_size: see `WindowAttention`.
     """
 
-    def __init__(
-        self, dim: int, hidden_dim: int, head_dim: int, window_size: int, drop_path: float = 0.0
-    ):
+    def __init__(self, dim: int, hidden_dim: int, head_dim: int, window_size: int):
         super().__init__(hidden_dim)
         self.in_conv = conv1x1(dim, hidden_dim)
-        self.non_local_block = _SwinPair(hidden_dim, head_dim, window_size, drop_path)
+        self.non_local_block = nn.Sequential()
+        for name, shift in (("block_1", 0), ("block_2", window_size // 2)):
+            block = SwinBlock(hidden_dim, head_dim, window_size, shift)
+            self.non_local_block.add_module(name, block)
         self.out_conv = conv1x1(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,8 +6,6 @@ from torch import Tensor
 from .drop_path import DropPath
 from .ss2d import SS2D
 
-__all__ = ["VSSBlock"]
-
 
 class VSSBlock(nn.Module):
     """``x + DropPath(SS2D(LayerNorm(x)))`` on (batch, dim, height, width) maps.

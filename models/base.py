@@ -11,8 +11,6 @@ from layers.compressai import CompressionModel, quantize_ste, remap_old_keys
 from .coding import Coder
 from .entropy import SlicePredictor
 
-__all__ = ["SliceHyperprior"]
-
 # Buffers whose size depends on training, not on the architecture.
 _TABLES = ("_quantized_cdf", "_cdf_length", "_offset", "scale_table")
 
@@ -26,10 +24,8 @@ class SliceHyperprior(CompressionModel):
 
     config: dict
 
-    @property
-    def downsampling_factor(self) -> int:
-        """Pixels of the picture per element of z; pictures are padded to multiples of it."""
-        return 64
+    # Pixels of the picture per element of z; pictures are padded to multiples of it.
+    downsampling_factor = 64
 
     @property
     def slices(self) -> SlicePredictor:
@@ -140,18 +136,16 @@ class SliceHyperprior(CompressionModel):
         return torch.nn.Module.load_state_dict(self, state_dict, strict=strict)
 
     @classmethod
-    def from_state_dict(cls, state_dict, **kwargs):
+    def from_state_dict(cls, state_dict):
         """Build a model from a state dict (or a checkpoint that holds one).
 
-        Args:
-            state_dict: sizes and depths are recovered from its shapes.
-            kwargs: constructor arguments that leave no trace in shapes (``drop_path_rate``).
+        Sizes and depths are recovered from its shapes, in which ``drop_path_rate`` leaves no trace.
 
         Raises:
             RuntimeError: it is not a state dict of this network.
         """
         state_dict = state_dict.get("state_dict", state_dict)
-        model = cls(**{**cls.sizes_from_state_dict(state_dict), **kwargs})
+        model = cls(**cls.sizes_from_state_dict(state_dict))
         model.load_state_dict(state_dict)
         return model
 

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -25,8 +25,6 @@ from layers.compressai import CompressionModel
 from . import container
 from .container import BitstreamError, Stream
 from .entropy import LatentDecoder, LatentEncoder, LatentTables, SlicePredictor
-
-__all__ = ["Coder", "fingerprint"]
 
 MAX_GRAPHED_SIZES = 8  # of pictures; each has 13 graphs, whose memory is kept
 
@@ -272,13 +270,11 @@ def _in_float64(slices: SlicePredictor) -> SlicePredictor:
     return slices
 
 
-@contextlib.contextmanager
-def _deterministic_arithmetic() -> Iterator[None]:
+def _deterministic_arithmetic() -> contextlib.AbstractContextManager:
     """Fixed convolution algorithms without TF32, so that both ends of a stream compute alike."""
-    with torch.backends.cudnn.flags(
+    return torch.backends.cudnn.flags(
         enabled=torch.backends.cudnn.enabled, deterministic=True, benchmark=False, allow_tf32=False
-    ):
-        yield
+    )
 
 
 def fingerprint(state_dict: Mapping[str, Tensor]) -> bytes:

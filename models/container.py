@@ -47,18 +47,6 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = [
-    "MAX_BYTES",
-    "MAX_PIXELS",
-    "MAX_SIDE",
-    "VERSION",
-    "BitstreamError",
-    "Stream",
-    "check_size",
-    "pack",
-    "unpack",
-]
-
 VERSION = 1
 MAX_SIDE = 65_535
 MAX_PIXELS = 2**26
@@ -169,34 +157,28 @@ def unpack(data: bytes) -> Stream:
     crc, file_crc = _CHECKSUMS.unpack_from(data, len(data) - _CHECKSUMS.size)
     if zlib.crc32(memoryview(data)[:-4]) != file_crc:
         raise BitstreamError("the file is damaged or cut off: its checksum does not match")
-    reader = _Reader(data, _FIXED.size, len(data) - _CHECKSUMS.size)
+    reader = _Reader(memoryview(data)[_FIXED.size : -_CHECKSUMS.size])
     height, width = reader.varint(), reader.varint()
     check_size(height, width)
     guards = reader.guards()
     z = reader.take(reader.varint())
-    y = reader.take(reader.left)
+    y = reader.take(len(reader.left))
     return Stream(model, bool(version & _EXACT), height, width, guards, z, y, crc)
 
 
 class _Reader:
-    """Takes fields off ``data[position:end]``, none of them longer than what is left."""
+    """Takes fields off the front of ``left``, none of them longer than it is."""
 
-    def __init__(self, data: bytes, position: int, end: int):
-        self.data = data
-        self.position = position
-        self.end = end
-
-    @property
-    def left(self) -> int:
-        return self.end - self.position
+    def __init__(self, left: memoryview):
+        self.left = left
 
     def take(self, length: int) -> bytes:
-        if length > self.left:
+        if length > len(self.left):
             raise BitstreamError(
-                f"the file is damaged: a length of {length} bytes with {self.left} bytes left"
+                f"the file is damaged: a length of {length} bytes with {len(self.left)} bytes left"
             )
-        self.position += length
-        return self.data[self.position - length : self.position]
+        taken, self.left = self.left[:length], self.left[length:]
+        return bytes(taken)
 
     def varint(self) -> int:
         value = shift = 0
@@ -214,9 +196,9 @@ class _Reader:
 
     def guards(self) -> list[tuple[int, int]]:
         count = self.varint()
-        if 2 * count > self.left or count > MAX_GUARDS:
+        if 2 * count > len(self.left) or count > MAX_GUARDS:
             raise BitstreamError(
-                f"the file is damaged: {count} guard entries with {self.left} bytes left"
+                f"the file is damaged: {count} guard entries with {len(self.left)} bytes left"
             )
         guards: list[tuple[int, int]] = []
         position = 0

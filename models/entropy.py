@@ -14,15 +14,6 @@ from layers.compressai import EntropyBottleneck, GaussianConditional
 from .container import BitstreamError
 from .rans import MAX_SYMBOL, SymbolDecoder, Tables, encode
 
-__all__ = [
-    "GUARD",
-    "Bottleneck",
-    "LatentDecoder",
-    "LatentEncoder",
-    "LatentTables",
-    "SlicePredictor",
-]
-
 # A scale whose logarithm lies this close to a boundary of the scale table may get another table
 # index on another device. Float64 keeps devices within about 1e-12 of each other.
 GUARD = 1e-6
@@ -47,10 +38,9 @@ class Bottleneck(EntropyBottleneck):
         likelihoods, _, _ = self._likelihood(outputs)
         if self.use_likelihood_bound:
             likelihoods = self.likelihood_lower_bound(likelihoods)
-        shape = channels_first.shape
-        return (
-            outputs.reshape(shape).transpose(0, 1).contiguous(),
-            likelihoods.reshape(shape).transpose(0, 1).contiguous(),
+        return tuple(
+            values.reshape(channels_first.shape).transpose(0, 1).contiguous()
+            for values in (outputs, likelihoods)
         )
 
     def medians(self) -> Tensor:

@@ -12,8 +12,6 @@ from ._registry import register_model
 from .base import SliceHyperprior
 from .entropy import Bottleneck
 
-__all__ = ["MambaVC"]
-
 
 @register_model("mambavc")
 class MambaVC(SliceHyperprior):
@@ -71,14 +69,11 @@ class MambaVC(SliceHyperprior):
         slice_width = M // num_slices
         ramp = torch.linspace(0, drop_path_rate, sum(depths)).tolist()
 
-        def stages(rates: list[float], *stage_depths: int) -> list[list[nn.Module]]:
-            ends = [sum(stage_depths[:i]) for i in range(len(stage_depths) + 1)]
-            return [
-                [self.make_block(C, rate, i) for i, rate in enumerate(rates[start:end])]
-                for start, end in pairwise(ends)
-            ]
+        def stages(*counts: int) -> list[list[nn.Module]]:
+            rates = iter(ramp)
+            return [[self.make_block(C, next(rates), i) for i in range(n)] for n in counts]
 
-        stage1, stage2, stage3, hyper = stages(ramp, L1, L2, L3, L4)
+        stage1, stage2, stage3, hyper = stages(L1, L2, L3, L4)
         self.g_a = nn.Sequential(
             conv(3, C, kernel_size=5),
             *stage1,
@@ -90,8 +85,8 @@ class MambaVC(SliceHyperprior):
         )
         self.h_a = nn.Sequential(conv(M, C, kernel_size=3), *hyper, conv(C, Z, kernel_size=3))
 
-        hyper, stage3, stage2, stage1 = stages(ramp, L4, L3, L2, L1)
-        (scale_hyper,) = stages(ramp[:L4], L4)
+        hyper, stage3, stage2, stage1 = stages(L4, L3, L2, L1)
+        (scale_hyper,) = stages(L4)
         self.h_mean_s = nn.Sequential(
             deconv(Z, C, kernel_size=3), *hyper, deconv(C, M, kernel_size=3)
         )

@@ -22,7 +22,7 @@ more or less than what was asked for. Here any bytes are safe, and all of these 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -30,8 +30,6 @@ import numpy as np
 from layers.compressai import EntropyModel
 
 from .container import BitstreamError
-
-__all__ = ["MAX_SYMBOL", "SymbolDecoder", "Tables", "encode"]
 
 # float32 holds every integer up to here; latents beyond it are not worth coding.
 MAX_SYMBOL = 2**24
@@ -56,8 +54,7 @@ def _jit(function: Callable) -> Callable:
         return numba.njit(nogil=True)(function)
 
 
-@dataclass(frozen=True, eq=False)
-class Tables:
+class Tables(NamedTuple):
     """CDF tables of one entropy model, as CompressAI builds them (16-bit precision).
 
     Attributes:
@@ -135,14 +132,7 @@ def encode(symbols: np.ndarray, indexes: np.ndarray, tables: Tables) -> bytes:
             f"{indexes.shape} indexes"
         )
     words = np.empty(_WORDS_PER_SYMBOL * len(symbols), dtype=np.uint16)
-    status, first, x = _encode(
-        symbols.astype(np.int32),
-        indexes.astype(np.int32),
-        tables.cdf,
-        tables.rows,
-        tables.offsets,
-        words,
-    )
+    status, first, x = _encode(symbols.astype(np.int32), indexes.astype(np.int32), tables, words)
     if status == _BAD_INDEX:
         raise ValueError(f"a table index is outside the {len(tables.offsets)} tables")
     if status == _BAD_SYMBOL:
@@ -177,18 +167,10 @@ class SymbolDecoder:
             BitstreamError: the string ends before, it holds an impossible value, or an index
                 names no table.
         """
-        tables = self._tables
         symbols = np.empty(len(indexes), dtype=np.int32)
+        indexes = indexes.astype(np.int32)
         status, self._position, self._x = _decode(
-            self._words,
-            self._position,
-            self._x,
-            indexes.astype(np.int32),
-            tables.cdf,
-            tables.rows,
-            tables.offsets,
-            tables.lookup,
-            symbols,
+            self._words, self._position, self._x, indexes, self._tables, symbols
         )
         if status == _EXHAUSTED:
             raise _exhausted()
@@ -228,8 +210,9 @@ def _push_bits(x, value, count, words, first):
 
 
 @_jit
-def _encode(symbols, indexes, cdf, rows, offsets, words):
+def _encode(symbols, indexes, tables, words):
     """Fill ``words`` from its end; return status, position of the first word, and state."""
+    cdf, rows, offsets, _ = tables
     x = _FIRST_STATE
     first = len(words)
     for i in range(len(symbols) - 1, -1, -1):
@@ -276,8 +259,9 @@ def _pop_bits(x, count, words, position):
 
 
 @_jit
-def _decode(words, position, x, indexes, cdf, rows, offsets, lookup, symbols):
+def _decode(words, position, x, indexes, tables, symbols):
     """Fill ``symbols``; return status, number of words read, and state."""
+    cdf, rows, offsets, lookup = tables
     for i in range(len(indexes)):
         index = indexes[i]
         if not 0 <= index < len(offsets):

@@ -9,9 +9,7 @@ from layers import DropPath, SwinBlock
 from ._registry import register_model
 from .mambavc import MambaVC
 
-__all__ = ["ConvVC", "SwinVC"]
-
-HEAD_DIM, WINDOW, MLP_RATIO = 32, 8, 4
+HEAD_DIM, WINDOW = 32, 8
 
 
 class _ResidualBlock(nn.Module):
@@ -31,13 +29,6 @@ class _ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, dim, height, width) to the same shape."""
         return x + self.drop_path(self.conv2(F.gelu(self.conv1(x))))
-
-
-class _SwinBlock(SwinBlock):
-    """A Swin block on (batch, dim, height, width) maps."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 @register_model("convvc")
@@ -64,11 +55,10 @@ class SwinVC(MambaVC):
     """
 
     def make_block(self, dim: int, drop_path: float, index: int) -> nn.Module:
-        return _SwinBlock(
+        return SwinBlock(
             dim,
             head_dim=min(HEAD_DIM, dim),
             window_size=WINDOW,
             shift=WINDOW // 2 if index % 2 else 0,
-            mlp_ratio=MLP_RATIO,
             drop_path=drop_path,
         )

@@ -119,13 +119,13 @@ def test_objects_share_no_graph():
 def test_graph_outlives_other_sizes():
     """Whatever the block makes for other sizes does not use the memory of a graph."""
     block = SwinBlock(16, 8, window_size=4, shift=2).cuda()
-    x = torch.rand(1, 32, 32, 16, device="cuda")
+    x = torch.rand(1, 16, 32, 32, device="cuda")
     expected = block(x)
     replay = Replay()
     for _ in range(2):
         replay(block, x)
     for size in range(1, 40):
-        block(torch.rand(1, 4 * size, 4, 16, device="cuda"))
+        block(torch.rand(1, 16, 4 * size, 4, device="cuda"))
     torch.cuda.empty_cache()
     filled = [torch.ones(2**n, dtype=torch.bool, device="cuda") for n in range(6, 20)]
     torch.testing.assert_close(replay(block, x), expected)

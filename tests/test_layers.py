@@ -49,7 +49,7 @@ def test_window_attention_refuses_a_width_its_heads_do_not_divide():
 
 
 def test_swin_blocks_keep_shape():
-    x = torch.randn(1, 5, 9, 16)
+    x = torch.randn(1, 16, 5, 9)
     assert SwinBlock(16, head_dim=8).eval()(x).shape == x.shape
     x = torch.randn(2, 20, 3, 11)
     assert SwinAttentionBlock(20, 16, head_dim=8, window_size=8).eval()(x).shape == x.shape

@@ -47,7 +47,8 @@ def test_what_was_left_out_is_there_for_who_asks():
 def test_a_package_that_needs_more_gets_the_real_one(tmp_path, needs, loaded):
     """A later version of CompressAI may use what today's only imports."""
     for name, text in {
-        "whole/__init__.py": f"import whole.child\n{needs}\n",
+        "whole/__init__.py": f"import whole.child, whole.spare\n{needs}\n",
+        "whole/spare.py": "",
         "whole/child.py": "import unused\n",
         "unused/__init__.py": "REAL = True\n",
         "unused/part.py": "class Thing: pass\n",
@@ -56,7 +57,7 @@ def test_a_package_that_needs_more_gets_the_real_one(tmp_path, needs, loaded):
         (tmp_path / name).write_text(text)
     result = run(
         "from layers.compressai import import_without\n"
-        "import_without('whole', ('unused', 'unused.part'))\n"
+        "import_without('whole', ('unused', 'unused.part', 'whole.spare'))\n"
         "import sys, whole\n"
         "print('unused' in sys.modules)\n"
         "import unused.part\n"

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -135,6 +136,7 @@ class Crops(Dataset):
         return torch.from_numpy(crop.copy())
 
 
+@dataclass
 class CropSampler(Sampler[list[tuple[int, int]]]):
     """Endless batches of keys (epoch, index) for `Crops`, from any point of a run on.
 
@@ -151,34 +153,22 @@ class CropSampler(Sampler[list[tuple[int, int]]]):
         rank, world_size: this process among all.
     """
 
-    def __init__(
-        self,
-        num_pictures: int,
-        batch_size: int,
-        seed: int,
-        start: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-    ):
-        self.num_pictures = num_pictures
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start = start
-        self.rank = rank
-        self.world_size = world_size
-        self._permutation = functools.lru_cache(maxsize=2)(self._draw_permutation)
-
-    def _draw_permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(self.num_pictures)
-
-    def _key(self, position: int) -> tuple[int, int]:
-        epoch, offset = divmod(position, self.num_pictures)
-        return epoch, int(self._permutation(epoch)[offset])
+    num_pictures: int
+    batch_size: int
+    seed: int
+    start: int = 0
+    rank: int = 0
+    world_size: int = 1
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        @functools.lru_cache(maxsize=2)
+        def permutation(epoch: int) -> np.ndarray:
+            return np.random.default_rng((self.seed, epoch)).permutation(self.num_pictures)
+
         for batch in itertools.count(self.start):
             first = (batch * self.world_size + self.rank) * self.batch_size
-            yield [self._key(position) for position in range(first, first + self.batch_size)]
+            places = (divmod(first + i, self.num_pictures) for i in range(self.batch_size))
+            yield [(epoch, int(permutation(epoch)[offset])) for epoch, offset in places]
 
 
 def _collate(crops: Sequence[Batch]) -> Batch:
@@ -189,15 +179,9 @@ def _collate(crops: Sequence[Batch]) -> Batch:
 
 def _start_worker(worker: int) -> None:
     # A signal to the process group is for the main process, which first saves its run. It then has
-    # to call `_end_workers`, or it would wait for its workers forever.
+    # to end its workers (see `_reading`), or it would wait for them forever.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _end_workers(batches: Iterator) -> None:
-    """End the processes behind a DataLoader's iterator."""
-    if hasattr(batches, "_shutdown_workers"):
-        batches._shutdown_workers()
 
 
 def _loader(dataset: Dataset, workers: int, **kwargs) -> DataLoader:
@@ -214,20 +198,27 @@ def _loader(dataset: Dataset, workers: int, **kwargs) -> DataLoader:
 
 
 @contextlib.contextmanager
+def _reading(loader: DataLoader) -> Iterator[Iterator]:
+    """What a DataLoader yields; its worker processes end with this context."""
+    items = iter(loader)
+    try:
+        yield items
+    finally:
+        if hasattr(items, "_shutdown_workers"):
+            items._shutdown_workers()
+
+
 def training_batches(
     crops: Crops, sampler: CropSampler, workers: int, pin_memory: bool
-) -> Iterator[Iterator[Batch]]:
+) -> contextlib.AbstractContextManager[Iterator[Batch]]:
     """Endless training batches, read ahead by worker processes (0: none) inside this context."""
     loader = _loader(
         crops, workers, batch_sampler=sampler, collate_fn=_collate, pin_memory=pin_memory
     )
-    batches = iter(loader)
-    try:
-        yield batches
-    finally:
-        _end_workers(batches)
+    return _reading(loader)
 
 
+@dataclass
 class WholePictures:
     """Whole pictures in batches of one size.
 
@@ -239,23 +230,20 @@ class WholePictures:
         min_side: smaller pictures are padded by reflection.
     """
 
-    def __init__(
-        self,
-        pictures: Pictures,
-        batch_size: int,
-        workers: int,
-        rank: int = 0,
-        world_size: int = 1,
-        min_side: int = 1,
-    ):
+    pictures: Pictures
+    batch_size: int
+    workers: int
+    rank: int = 0
+    world_size: int = 1
+    min_side: int = 1
+
+    def __post_init__(self) -> None:
         self.problems: list[str] = []
-        self._batch_size = batch_size
-        self._min_side = min_side
         self._loader = _loader(
-            pictures,
-            workers,
+            self.pictures,
+            self.workers,
             batch_size=None,
-            sampler=range(rank, len(pictures), world_size),
+            sampler=range(self.rank, len(self.pictures), self.world_size),
             collate_fn=lambda picture: picture,
         )
 
@@ -263,21 +251,18 @@ class WholePictures:
         """Yield uint8 (batch, height, width, 3); unreadable files go to ``problems``."""
         batch: list[np.ndarray] = []
         self.problems = []
-        pictures = iter(self._loader)
-        try:
+        with _reading(self._loader) as pictures:
             for pixels in pictures:
                 if isinstance(pixels, str):
                     self.problems.append(pixels)
                     continue
-                pixels = pad_to(pixels, self._min_side, self._min_side)
-                if batch and (len(batch) == self._batch_size or batch[0].shape != pixels.shape):
+                pixels = pad_to(pixels, self.min_side, self.min_side)
+                if batch and (len(batch) == self.batch_size or batch[0].shape != pixels.shape):
                     yield torch.from_numpy(np.stack(batch))
                     batch = []
                 batch.append(pixels)
             if batch:
                 yield torch.from_numpy(np.stack(batch))
-        finally:
-            _end_workers(pictures)
 
 
 def open_dataset(root: Path, cache: bool, processes: Processes) -> tuple[Pictures, Pictures]:

@@ -9,8 +9,6 @@ import torch.nn as nn
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
-__all__ = ["Muon", "lr_factor", "make_optimizers", "orthogonalise", "split_parameters"]
-
 # Parameters of the scan that are stacks of matrices, one for each direction.
 _MATRIX_STACKS = ("x_proj_weight", "dt_projs_weight")
 
