@@ -143,7 +143,11 @@ def build_from_checkpoint(checkpoint: dict, source: object) -> SliceHyperprior:
         LatentTables(*coders)  # refuses damaged ones
     except KeyError as error:
         raise UsageError(f"{source} lacks {error}; give a file that train.py saved") from None
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except AttributeError:
+        raise UsageError(
+            f"{source}: its state_dict is no dict of tensors; give a file that train.py saved"
+        ) from None
+    except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"{source}: {reason}") from None
     return model
