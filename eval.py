@@ -85,7 +85,7 @@ def evaluate_image(coder: Coder, x: Tensor, estimate: bool) -> tuple[dict, Tenso
     estimated_bpp = utils.estimated_bpp(output["likelihoods"], height * width)
     if not math.isfinite(estimated_bpp):
         raise DataError("the network's estimate of the rate is not finite; check its weights")
-    x_hat = output["x_hat"].clamp(0, 1)
+    x_hat = output["x_hat"]  # not clamped: its infinities would look white
     estimated_psnr = utils.psnr(x_hat, x)
     row = {"width": width, "height": height, "estimated-bpp": estimated_bpp}
     if estimate:
@@ -255,9 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     coder = Coder(model, exact=not args.fast_entropy, graphs=args.cuda_graph)
     rows, skipped = evaluate(coder, files, device, args)
     means = summarise(rows)
-    print_table(rows, means)
-    print_warnings(rows, means, skipped)
-    if args.json:
+    if args.json:  # before anything is printed: whoever reads that may leave
         results = {
             "name": Path(args.checkpoint).name,
             "description": f"{args.checkpoint} on {folder}, {len(rows)} pictures, "
@@ -269,6 +267,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         with utils.atomic_write(args.json) as path:
             path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
+    print_table(rows, means)
+    print_warnings(rows, means, skipped)
 
 
 if __name__ == "__main__":

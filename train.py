@@ -364,7 +364,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with ExitStack() as stack:
         processes = stack.enter_context(Processes(args.cuda))
         folder = args.save_path / f"{args.lmbda:g}"
-        stack.enter_context(state.own_folder(folder, processes.is_first))
+        stack.enter_context(state.own_folder(folder, processes))
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
 

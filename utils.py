@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import io
 import logging
 import math
@@ -63,11 +64,14 @@ def run_main(main: Callable[[], None]) -> None:
         sys.exit(_fail(error, 1))
     except KeyboardInterrupt:
         sys.exit(_fail("interrupted", 128 + signal.SIGINT))
-    except BrokenPipeError:
-        # Whoever read our output has seen enough. Python flushes once more as it ends, which must
-        # not fail again.
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT):
+            raise
+        # Python flushes once more as it ends, which must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        if error.errno == errno.EPIPE:  # whoever read our output has seen enough
+            sys.exit(128 + signal.SIGPIPE)
+        sys.exit(_fail(f"cannot write: {error.strerror}; make room and try again", 2))
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -332,7 +336,7 @@ def to_uint8(x: Tensor) -> Tensor:
     import torch
 
     if not x.isfinite().all():
-        raise DataError("the network's picture has values that are not finite; check its weights")
+        raise DataError("the network's picture is not finite; check its weights")
     return x.mul(255).round().clamp(0, 255).to(torch.uint8)
 
 

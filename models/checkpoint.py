@@ -94,7 +94,7 @@ def save_weights(checkpoint: dict, path: Path) -> bool:
     Raises:
         UsageError: a weight is not finite.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     from .coding import fingerprint
 
@@ -109,7 +109,8 @@ def save_weights(checkpoint: dict, path: Path) -> bool:
         "model_args": json.dumps(checkpoint["model_args"]),
     }
     with atomic_write(path) as temporary:
-        save_file(state_dict, temporary, metadata)
+        # Its function that writes files puts new ones, which others cannot read, in their place.
+        temporary.write_bytes(save(state_dict, metadata))
     return fingerprint(state_dict) != fingerprint(checkpoint["state_dict"])
 
 
@@ -142,7 +143,11 @@ def build_from_checkpoint(checkpoint: dict, source: object) -> SliceHyperprior:
         LatentTables(*coders)  # refuses damaged ones
     except KeyError as error:
         raise UsageError(f"{source} lacks {error}; give a file that train.py saved") from None
-    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+    except AttributeError:
+        raise UsageError(
+            f"{source}: its state_dict is no dict of tensors; give a file that train.py saved"
+        ) from None
+    except (RuntimeError, ValueError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"{source}: {reason}") from None
     return model

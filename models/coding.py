@@ -130,6 +130,7 @@ class Coder:
 
         Raises:
             BitstreamError: the symbols are not those that were encoded.
+            ValueError: the picture is not finite: clamped, its infinities would look white.
         """
         y_strings, z_strings = strings
         self._make_room(len(y_strings), *shape)
@@ -146,6 +147,8 @@ class Coder:
         height, width = size or (None, None)
         y_hat = y_hat.to(self._dtype).contiguous(memory_format=torch.channels_last)
         x_hat = self._run(self.model.g_s, y_hat)[..., :height, :width]
+        if not x_hat.isfinite().all():
+            raise ValueError("the network's picture is not finite; check its weights")
         return {"x_hat": x_hat.clamp(0, 1), "y_hat": y_hat}
 
     def encode(self, x: Tensor) -> bytes:

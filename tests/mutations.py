@@ -26,6 +26,11 @@ class Fault(NamedTuple):
 
 
 TRAIN = "tests/test_train.py"
+CODEC = "tests/test_codec.py"
+EVAL = "tests/test_eval.py"
+CODING = "tests/test_models_coding.py"
+CHECKPOINT = "tests/test_models_checkpoint.py"
+UTILS = "tests/test_utils.py"
 FAULTS = [
     # The step.
     Fault("train.py", 'loss = terms["loss"] / parts', 'loss = terms["loss"]', TRAIN, "mean_loss"),
@@ -121,6 +126,122 @@ FAULTS = [
         TRAIN,
         "another_loss",
     ),
+    Fault("training/state.py", "processes.gather(problems)", "problems", TRAIN, "of_a_second_run"),
+    # Coding.
+    Fault(
+        "models/coding.py",
+        "x_hat.clamp(0, 1)",
+        "(1 - x_hat.flip(-1)).clamp(0, 1)",
+        CODEC,
+        "is_the_original",
+    ),
+    Fault(
+        "models/coding.py",
+        "coded = self.compress(x)",
+        "coded = self.compress(0 * x)",
+        CODEC,
+        "is_the_original",
+    ),
+    Fault("models/coding.py", "exact=stream.exact", "exact=True", CODING, "file_decodes"),
+    Fault(
+        "models/coding.py",
+        "part.to(dtype=torch.float64",
+        "part.to(dtype=torch.float32",
+        CODING,
+        "float64",
+    ),
+    Fault("models/coding.py", "if crcs is not None and", "if False and", CODING, "wrong_symbols"),
+    Fault(
+        "models/coding.py",
+        "if stream.fingerprint != self.fingerprint:",
+        "if False:",
+        CODING,
+        "of_another_model",
+    ),
+    Fault(
+        "models/coding.py", "if not x_hat.isfinite().all():", "if False:", CODING, "to_no_picture"
+    ),
+    Fault(
+        "models/entropy.py",
+        "self.guards[image].append((position, index))",
+        "pass",
+        CODING,
+        "slightly_other",
+    ),
+    # The codec on the command line.
+    Fault("codec.py", "or not args.fast_entropy", "or True", CODEC, "is_the_original"),
+    Fault("codec.py", "select_device(args.cuda)", "select_device(False)", CODEC, "cuda"),
+    Fault("codec.py", "if verify:", "if False:", CODEC, "failed_verification"),
+    Fault("codec.py", "if not force:", "if False:", CODEC, "unless_forced"),
+    Fault(
+        "codec.py",
+        "if job.source and job.target.samefile",
+        "if False and job.target.samefile",
+        CODEC,
+        "bad_usage",
+    ),
+    Fault(
+        "codec.py",
+        "check_memory(load().model, stream.height, stream.width)",
+        "pass",
+        CODEC,
+        "for_the_memory",
+    ),
+    Fault("codec.py", "if not same:", "if False:", CODEC, "lose_quality"),
+    Fault("codec.py", "failed += 1", "pass", CODEC, "several_inputs"),
+    # Evaluation.
+    Fault("eval.py", "exact=not args.fast_entropy", "exact=True", EVAL, "coded_as_asked"),
+    Fault("eval.py", "select_device(args.cuda)", "select_device(False)", EVAL, "cuda"),
+    Fault("eval.py", "MAX_PSNR_GAP = 0.01", "MAX_PSNR_GAP = 10", EVAL, "another_picture"),
+    Fault("eval.py", "if excess > MAX_RATE_EXCESS:", "if False:", EVAL, "rate_above"),
+    Fault("eval.py", "    if estimate:", "    if False:", EVAL, "expected_ones"),
+    Fault("eval.py", "fmean(column)", "column[0]", EVAL, "expected_ones"),
+    Fault("eval.py", "to_image(x_hat[0])", "to_image(x[0])", EVAL, "reconstructions"),
+    Fault("eval.py", "if overwritten or", "if False and", EVAL, "never_overwritten"),
+    Fault("eval.py", "problems[file.name] = str(error)", "pass", EVAL, "skipped_named"),
+    Fault("eval.py", "None if value == math.inf else value", "value", EVAL, "every_reader"),
+    # Checkpoints.
+    Fault(
+        "models/checkpoint.py",
+        "else half).contiguous()",
+        "else half).contiguous() * 0",
+        CHECKPOINT,
+        "saved_weights",
+    ),
+    Fault(
+        "models/checkpoint.py",
+        "exact or not half.isfinite().all()",
+        "exact",
+        CHECKPOINT,
+        "beyond_half",
+    ),
+    Fault(
+        "models/checkpoint.py",
+        "if not value.isfinite().all():",
+        "if False:",
+        CHECKPOINT,
+        "damaged_weights",
+    ),
+    Fault("models/checkpoint.py", "if not fits:", "if False:", CHECKPOINT, "do_not_go_with"),
+    Fault(
+        "models/checkpoint.py", "weights_only=True", "weights_only=False", CHECKPOINT, "is_not_run"
+    ),
+    Fault("models/entropy.py", "if not (rising and", "if not (", CHECKPOINT, "damaged_weights"),
+    Fault(
+        "tools/export.py",
+        "build_from_checkpoint(checkpoint, args.checkpoint)",
+        "pass",
+        "tests/test_tools_export.py",
+        "could_not_be_loaded",
+    ),
+    # Pictures and files.
+    Fault("utils.py", "samples.round()", "samples", UTILS, "16_bit"),
+    Fault("utils.py", "x.mul(255).round()", "x.mul(255)", UTILS, "8_bit_samples"),
+    Fault("utils.py", "if not x.isfinite().all():", "if False:", UTILS, "no_sample_stands"),
+    Fault("utils.py", "return converted,", "return plain,", UTILS, "another_profile"),
+    Fault("utils.py", "temporary.chmod(", "int(0 and ", UTILS, "permissions"),
+    Fault("utils.py", "path = Path(os.path.realpath(path))", "pass", UTILS, "behind_a_link"),
+    Fault("utils.py", "errno.ENOSPC, errno", "errno", EVAL, "full_disk"),
 ]
 
 

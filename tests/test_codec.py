@@ -424,7 +424,7 @@ def test_network_that_decodes_to_nan_writes_no_picture(folder, model, coder):
     path = save_checkpoint(broken, "broken.pth.tar")
     stream = dataclasses.replace(container.unpack(data), fingerprint=Coder(broken).fingerprint)
     Path("a.mvc").write_bytes(container.pack(stream))
-    with pytest.raises(DataError, match=r"a\.mvc: the network's picture has values that are not"):
+    with pytest.raises(DataError, match=r"a\.mvc: the network's picture is not finite"):
         codec.main(["decode", "a.mvc", "x.png", "--checkpoint", path])
     assert not Path("x.png").exists()
 

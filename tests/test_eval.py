@@ -199,6 +199,33 @@ def test_identical_pictures_give_json_that_every_reader_takes(tmp_path, monkeypa
     assert result["images"][0]["psnr-rgb"] is None
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's device that is full")
+@pytest.mark.parametrize("file", ["results.json", "/dev/full"])
+def test_full_disk_is_one_line_and_takes_no_more_than_it_must(file, pictures, tmp_path):
+    """Where only the table cannot be written, the results are there."""
+    checkpoint = save_checkpoint(tiny_model(), tmp_path / "tiny.pth.tar")
+    argv = ["--data", pictures, "--checkpoint", checkpoint, "--estimate", "--json", tmp_path / file]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, ROOT / "eval.py", *argv], stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 2
+    assert (
+        b"eval.py: error: cannot write: No space left on device; " in done.stderr.splitlines()[-1]
+    )
+    assert b"Traceback" not in done.stderr
+    if file == "results.json":
+        assert len(json.loads((tmp_path / file).read_text())["images"]) == 2
+
+
+def test_network_that_estimates_infinity_is_refused():
+    """Which, clamped to white, would have a PSNR."""
+    model = tiny_model()
+    model.g_s.append(torch.nn.Threshold(1e9, torch.inf))
+    with pytest.raises(utils.DataError, match="the network's picture is not finite"):
+        evaluation.evaluate_image(Coder(model), torch.rand(1, 3, 20, 30), estimate=True)
+
+
 @pytest.fixture(scope="module")
 def bad_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")

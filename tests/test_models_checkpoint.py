@@ -188,6 +188,11 @@ def test_arguments_that_are_none_are_refused(state, value):
     refused({**state, "model_args": value}, r"model_args is a .*, expected a dict")
 
 
+@pytest.mark.parametrize("value", [None, 3, [1], {"g_a.0.bias": 3}, {3: torch.zeros(1)}], ids=str)
+def test_weights_that_are_none_are_refused(state, value):
+    refused({**state, "state_dict": value}, "its state_dict is no dict of tensors")
+
+
 def test_unknown_model_is_refused(state):
     refused({**state, "model": "mamba"}, "unknown model 'mamba'; choose from")
 

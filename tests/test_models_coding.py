@@ -212,6 +212,16 @@ def test_latents_that_cannot_be_coded_are_refused(model, value):
         Coder(broken).encode(torch.rand(1, 3, 64, 64))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_network_that_decodes_to_no_picture_is_refused(model, value):
+    broken = copy.deepcopy(model)
+    broken.g_s.append(torch.nn.Threshold(1e9, value))  # which puts it in place of every sample
+    coder = Coder(broken)
+    data = coder.encode(torch.rand(1, 3, 20, 30))
+    with pytest.raises(ValueError, match="the network's picture is not finite"):
+        coder.decode(data)
+
+
 def test_picture_beyond_the_format_is_refused_before_it_is_coded(coder):
     with pytest.raises(BitstreamError, match="outside the limits"):
         coder.encode(torch.zeros(1, 3, 1, 1).expand(1, 3, 1, 65_536))

@@ -1,6 +1,8 @@
 """Exported weights decode what the checkpoint encoded; what cannot be exported is one line."""
 
 import hashlib
+import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ def test_exported_weights_are_those_of_the_checkpoint(tmp_path, checkpoint, caps
     digest = hashlib.sha256(output.read_bytes()).hexdigest()
     assert capsys.readouterr().out == f"{digest}  shared.safetensors\n"
     before, after = load_checkpoint(checkpoint), load_checkpoint(output)
+    assert stat.S_IMODE(output.stat().st_mode) == stat.S_IMODE(Path(checkpoint).stat().st_mode)
     assert (after["model"], after["model_args"]["N"]) == ("mambavc", before["model_args"]["N"])
     for key, value in before["state_dict"].items():
         own = after["state_dict"][key]
@@ -48,3 +51,11 @@ def test_weights_without_their_network_are_refused(tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "x.pth.tar")
     with pytest.raises(UsageError, match=r"lacks model, model_args; give a file that train\.py"):
         export.main([str(tmp_path / "x.pth.tar"), str(tmp_path / "x.safetensors")])
+
+
+def test_weights_that_could_not_be_loaded_are_refused(tmp_path, checkpoint):
+    for damaged in ([1], {"g_a.0.bias": 3}):
+        torch.save({**load_checkpoint(checkpoint), "state_dict": damaged}, tmp_path / "x.pth.tar")
+        with pytest.raises(UsageError, match=r"x\.pth\.tar"):
+            export.main([str(tmp_path / "x.pth.tar"), str(tmp_path / "x.safetensors")])
+    assert not (tmp_path / "x.safetensors").exists()

@@ -247,11 +247,12 @@ utils.run_main(train.main)
 needs_two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
-def run_two_processes(script, *argv):
+def run_two_processes(script, *argv, code=0):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     result = run_script([*launcher, str(script)], *argv, PYTHONPATH=path)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == code, result.stderr
+    return result.stderr
 
 
 @pytest.mark.parametrize(
@@ -563,7 +564,7 @@ def test_run_does_not_go_on_with_another_batch_or_optimizer(flags):
 
 def test_second_run_in_a_folder_is_refused(flags, tmp_path, capfd):
     folder = tmp_path / "run" / "0.05"
-    with state.own_folder(folder, is_first=True):
+    with state.own_folder(folder, Processes(cuda=False)):
         half_written = folder / ".checkpoint_latest.pth.tar.1"
         half_written.touch()
         # Forked, to be spared the imports.
@@ -578,6 +579,13 @@ def test_second_run_in_a_folder_is_refused(flags, tmp_path, capfd):
         assert half_written.exists()
     main(flags("run", "--no-save", steps=1))
     assert not half_written.exists()
+
+
+def test_all_processes_of_a_second_run_say_one_line(flags, tmp_path):
+    with state.own_folder(tmp_path / "run" / "0.05", Processes(cuda=False)):
+        errors = run_two_processes("train.py", *flags("run"), code=1)
+    assert errors.count("train.py: error: another run is training in") == 1
+    assert "run_main" not in errors, "a traceback of ours; the launcher prints one of its own"
 
 
 def test_run_that_saves_nothing_leaves_the_checkpoints_of_another(flags, tmp_path):

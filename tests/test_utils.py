@@ -211,7 +211,7 @@ def test_values_that_no_sample_stands_for_are_refused(value):
     x = torch.zeros(3, 2, 2)
     x[1, 1, 1] = value
     for function in (utils.to_image, utils.to_uint8, lambda x: utils.psnr(x, torch.zeros(3, 2, 2))):
-        with pytest.raises(DataError, match="values that are not finite"):
+        with pytest.raises(DataError, match="picture is not finite"):
             function(x)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import utils
-from models.checkpoint import load_checkpoint, save_weights
+from models.checkpoint import build_from_checkpoint, load_checkpoint, save_weights
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise utils.UsageError(
             f"{args.checkpoint} lacks {', '.join(sorted(missing))}; give a file that train.py saved"
         )
+    build_from_checkpoint(checkpoint, args.checkpoint)  # refuses what could not be loaded again
     if save_weights(checkpoint, args.output):
         print(
             "rounding to half precision changed the model's fingerprint: what was coded with "

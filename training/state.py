@@ -38,34 +38,36 @@ def checkpoint_path(folder: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def own_folder(folder: Path, is_first: bool) -> Iterator[None]:
+def own_folder(folder: Path, processes: Processes) -> Iterator[None]:
     """Make a run's folder, keep other runs out of it, and send the log of the first process there.
 
     The system takes the lock back when this process ends, in whatever way, and workers forked
     from it do not hold it: a run that was killed can go on at once.
 
     Raises:
-        UsageError: another run is training there, or the folder cannot be written to.
+        UsageError: another run is training there, or the folder cannot be written to. All of a
+            run's processes raise it, so that none is left waiting for the first.
     """
     utils.make_folder(folder)
-    if not is_first:
-        utils.setup_logging()
-        logger.setLevel(logging.WARNING)
-        yield
-        return
+    problems = []
     with open(folder / ".lock", "a") as file:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if processes.is_first:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise UsageError(
-                f"another run is training in {folder}; wait for its end or give another --save_path"
-            ) from None
+            problems.append(f"another run is training in {folder}")
         except OSError as error:
             logger.warning("cannot lock %s (%s); start no second run there", folder, error.strerror)
-        for name in ("best", "latest"):  # what a killed run left half written
-            for leftover in folder.glob(f".{checkpoint_path(folder, name).name}.*"):
-                leftover.unlink()
-        utils.setup_logging(folder / "train.log")
+        for problem in processes.gather(problems):
+            raise UsageError(f"{problem}; wait for its end or give another --save_path")
+        if processes.is_first:
+            for name in ("best", "latest"):  # what a killed run left half written
+                for leftover in folder.glob(f".{checkpoint_path(folder, name).name}.*"):
+                    leftover.unlink()
+            utils.setup_logging(folder / "train.log")
+        else:
+            utils.setup_logging()
+            logger.setLevel(logging.WARNING)
         yield
 
 
