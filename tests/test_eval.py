@@ -90,7 +90,8 @@ def test_reconstructions_are_of_the_pictures(pictures, tmp_path, monkeypatch, ca
     assert run(argv, monkeypatch, capsys)[0] == 0
     for name, least in (("a.png", 34), ("b.png", 43)):  # a little less than expected_eval.json
         original = utils.to_tensor(Image.open(pictures / "test" / name))
-        assert utils.psnr(utils.to_tensor(Image.open(tmp_path / name)), original) > least
+        psnr = utils.psnr(utils.to_tensor(Image.open(tmp_path / name)), original)
+        assert least < psnr < least + 1, "the originals themselves would be infinitely good"
 
 
 @pytest.mark.parametrize("fast", [[], ["--fast-entropy"]], ids=["exact", "fast"])

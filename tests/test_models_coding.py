@@ -41,6 +41,7 @@ def test_file_decodes_to_the_estimated_picture(model, exact, size):
     x_hat = Coder(model, exact=not exact).decode(data)
     assert x_hat.shape == x.shape
     assert torch.equal(x_hat, coder.decode(stream))
+    assert torch.equal(x_hat, coder.decompress(**coder.compress(x))["x_hat"])  # by the same path
     estimated = model(x)["x_hat"].clamp(0, 1)
     assert estimated.std() > 0.02, "the test needs a picture that is not flat"
     # Float32 and float64 means may round a latent in ten thousand differently.

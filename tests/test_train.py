@@ -453,6 +453,12 @@ def test_unreadable_pictures_are_named_and_skipped(flags, data, tmp_path):
     assert load(tmp_path / "run")["step"] == 3
 
 
+def test_folder_may_have_any_name(flags, tmp_path):
+    name = os.fsdecode(b"run\xff")  # no UTF-8
+    main(flags(name, steps=1))
+    assert load(tmp_path / name)["step"] == 1
+
+
 def test_full_disk_is_reported_and_leaves_the_last_checkpoint(flags, tmp_path, monkeypatch):
     save = torch.save
 

@@ -95,7 +95,7 @@ class RunLog:
     def _guard(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # it takes no folders but those named in UTF-8
             logger.error("no more TensorBoard events in this run: %s", error)
             self._writer = None
 
