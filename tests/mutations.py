@@ -119,7 +119,7 @@ FAULTS = [
           "beyond_half"),
     Fault("models/checkpoint.py", "if not value.isfinite().all():", "if False:", CHECKPOINT,
           "damaged_weights"),
-    Fault("models/checkpoint.py", "if not fits:", "if False:", CHECKPOINT, "do_not_go_with and Z"),
+    Fault("models/checkpoint.py", "if not fits:", "if False:", CHECKPOINT, "do_not_go_with and 12.0"),
     Fault("models/checkpoint.py", "weights_only=True", "weights_only=False", CHECKPOINT,
           "is_not_run"),
     Fault("models/entropy.py", "if not (rising and", "if not (", CHECKPOINT, "damaged_weights"),
