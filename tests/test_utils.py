@@ -200,6 +200,7 @@ def test_psnr_is_that_of_8_bit_samples():
     a = torch.zeros(3, 2, 2)
     assert utils.psnr(a, a) == math.inf
     assert utils.psnr(a, a + 0.4 / 255) == math.inf
+    assert utils.psnr(a, a + 0.6 / 255) == pytest.approx(20 * math.log10(255))
     assert utils.psnr(a, a + 10.4 / 255) == pytest.approx(20 * math.log10(25.5))
     # One sample of twelve is off by 255: a twelfth of the largest error.
     a[0, 0, 0] = 1
