@@ -22,6 +22,7 @@ TINY = {
     "context_width": 16,
     "transform_width": 24,
 }
+SHALLOW = {**TINY, "depths": (1, 1, 1, 1)}  # where depth costs time only
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import SHALLOW
 
 import models
 from kernels.graphs import GraphedGradients, GraphedUpdate, Replay
@@ -10,12 +11,10 @@ from training.optim import make_optimizers
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
-TINY = {"N": 8, "M": 20, "depths": (1, 1, 1, 1), "Z": 8, "context_width": 16, "transform_width": 16}
-
 
 def tiny() -> models.SliceHyperprior:
     torch.manual_seed(0)
-    return models.build_model("mambavc", drop_path_rate=0.0, **TINY).cuda()
+    return models.build_model("mambavc", drop_path_rate=0.0, **SHALLOW).cuda()
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])

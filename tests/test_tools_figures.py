@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, save_checkpoint, tiny_model
+from conftest import SHALLOW, save_checkpoint, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -374,7 +374,7 @@ def pictures(tmp_path_factory):
 
 def test_receptive_field_of_convolutions_ends_where_they_end():
     """g_a of one block a stage: 5x5 at 1, then per stage two 3x3 in the block and a 3x3 onwards."""
-    model = models.build_model("convvc", **{**TINY, "depths": (1, 1, 1, 1)}).eval()
+    model = models.build_model("convvc", **SHALLOW).eval()
     field = receptive_field.gradient(model.g_a, torch.rand(1, 3, 256, 256))
     reach = 2 + 2 * (1 + 1 + 1) + 4 * (1 + 1 + 1) + 8 * (1 + 1 + 1)
     rows = field.sum(1).nonzero().flatten()

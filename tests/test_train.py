@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from compressai.losses import RateDistortionLoss
+from conftest import SHALLOW
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -60,9 +61,7 @@ def data(tmp_path_factory):
 def tiny(tmp_path_factory):
     """Weights of a network that trains in tenths of a second per step."""
     torch.manual_seed(0)
-    model = models.build_model(
-        "mambavc", N=8, M=20, depths=(1, 1, 1, 1), Z=8, context_width=16, transform_width=16
-    )
+    model = models.build_model("mambavc", **SHALLOW)
     path = tmp_path_factory.mktemp("tiny") / "tiny.pth.tar"
     torch.save(
         {

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+from conftest import SHALLOW
 
 import models
 from training.optim import Muon, lr_factor, make_optimizers, orthogonalise, split_parameters
@@ -13,9 +14,7 @@ from training.optim import Muon, lr_factor, make_optimizers, orthogonalise, spli
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    return models.build_model(
-        "mambavc", N=8, M=20, depths=(1, 1, 1, 1), Z=8, context_width=16, transform_width=16
-    )
+    return models.build_model("mambavc", **SHALLOW)
 
 
 def test_every_parameter_has_one_optimizer(model):
