@@ -13,6 +13,8 @@ if not torch.cuda.is_available():
     # Read when Triton is first imported: its kernels then run, slowly, on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+pytest.register_assert_rewrite("stage_checks")  # failures there show their values, too
+
 # The sizes differ from each other, so that one taken for another is noticed.
 TINY = {
     "N": 8,

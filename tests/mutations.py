@@ -169,10 +169,12 @@ def is_found(fault: Fault, project: Path) -> bool:
 
 def main() -> None:
     chosen = [f for f in FAULTS if all(w in " ".join(f) for w in sys.argv[1:])]
+    if not chosen:
+        sys.exit(f"no fault has all of these words: {' '.join(sys.argv[1:])}")
     survived = 0
     with tempfile.TemporaryDirectory() as folder:
         project = Path(folder) / "project"
-        ignored = shutil.ignore_patterns(".git", "__pycache__", "pic", "runs", "out", ".venv")
+        ignored = shutil.ignore_patterns(".git", "__pycache__", "pic", "runs", "out", ".venv*")
         shutil.copytree(ROOT, project, ignore=ignored)
         for fault in chosen:
             found = is_found(fault, project)

@@ -4,30 +4,12 @@ Without a GPU the Triton kernels run in Triton's interpreter, which is exact but
 here are small. The reference is PyTorch's own layer in float64.
 """
 
-import importlib.util
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
+from stage_checks import CUDA, DEVICE, check, error, needs_kernels, with_gradients
 
 from kernels import backends, norm_gate
-
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
-needs_kernels = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None
-    or not (CUDA or os.environ.get("TRITON_INTERPRET") == "1"),
-    reason="needs Triton with a CUDA device or TRITON_INTERPRET=1",
-)
-
-# Rounding of one operation, times about ten for the sums.
-TOLERANCE = {
-    torch.float64: 1e-14,
-    torch.float32: 1e-6,
-    torch.float16: 2e-3,
-    torch.bfloat16: 2e-2,
-}
 
 SHAPES = [
     pytest.param((1, 1, 1, 32), id="one-row-of-a-tile"),
@@ -36,11 +18,6 @@ SHAPES = [
     pytest.param((3, 768), id="two-warps"),
     pytest.param((37, 33), id="unaligned-and-several-tiles"),
 ]
-
-
-def error(result, expected):
-    expected = expected.double()
-    return (result.double() - expected).norm() / expected.norm().clamp_min(1e-30)
 
 
 def reference(y, z, weight, bias, eps=1e-5):
@@ -53,23 +30,6 @@ def make_inputs(shape, dtype, device=DEVICE):
     z = torch.randn(shape, dtype=dtype, device=device)
     weight = torch.randn(shape[-1], dtype=parameter, device=device)
     return y, z, weight, torch.randn(shape[-1], dtype=parameter, device=device)
-
-
-def with_gradients(function, inputs, dout):
-    """Output and all gradients in float64."""
-    inputs = [value.double().detach().requires_grad_() for value in inputs]
-    out = function(*inputs)
-    return out.detach(), torch.autograd.grad(out, inputs, dout.double())
-
-
-def check(results, expected, inputs):
-    """Compare an output and its gradients, each at the precision of its dtype."""
-    out, gradients = results[0], results[1:]
-    assert out.dtype == inputs[0].dtype
-    assert error(out, expected[0]) < TOLERANCE[out.dtype]
-    for gradient, reference, value in zip(gradients, expected[1], inputs, strict=True):
-        assert gradient.shape == value.shape and gradient.dtype == value.dtype
-        assert error(gradient, reference) < TOLERANCE[value.dtype]
 
 
 def check_kernels(shape, dtype):
