@@ -29,7 +29,7 @@ from models.checkpoint import load_checkpoint
 from training import data, state
 from training.distributed import Processes
 from training.log import Measured, RunLog
-from training.optim import lr_factor, make_optimizers
+from training.optim import fix_A, lr_factor, make_optimizers
 from utils import DataError, number, positive_int
 
 logger = logging.getLogger("mambavc")
@@ -75,6 +75,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="muon: orthogonalised momentum for matrices and kernels, Adam for the rest")
     add("-lr", "--learning-rate", type=positive_float,
         help="default: 1e-4 for adam, 2e-3 for muon")
+    add("--fixed-A", action="store_true",
+        help="leave the scans' A at its first values, which takes a faster kernel (not with "
+        "--compile)")
     add("--aux-learning-rate", type=positive_float, default=1e-3,
         help="of the entropy bottleneck's quantiles (default: 1e-3)")
     add("--schedule", choices=["multistep", "cosine"], default="multistep",
@@ -379,6 +382,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         utils.seed_everything(args.seed)
         wanted = {"model": args.model, "N": args.N, "M": args.M}
         name, model = state.build_model(wanted, checkpoint, source, processes.device)
+        if args.fixed_A:
+            fix_A(model)
         rates = args.learning_rate, args.aux_learning_rate
         optimizers = make_optimizers(model, args.optimizer, *rates)
         flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}

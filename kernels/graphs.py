@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -88,6 +89,8 @@ class GraphedUpdate:
                     with _capture(self.graph, self.stream):
                         self._step()
                 self.graph.replay()
+                # As operations on tensors do, so that what was read of weights is read again.
+                increment_version([p for group in self.groups for p in group["params"]])
         finally:
             # Schedules and checkpoints see plain numbers.
             for group, values in zip(self.groups, plain, strict=True):
@@ -105,7 +108,8 @@ class Replay:
 
     A graph belongs to one function, or to one method of one object, which it keeps alive. It reads
     what these refer to, such as weights, where that lay when the graph was made: new values are
-    seen, new tensors are not. Graphs are kept until `forget`.
+    seen, new tensors are not, nor what would follow from new values on the host, such as another
+    kernel where A is no longer fixed. Graphs are kept until `forget`.
     """
 
     def __init__(self):

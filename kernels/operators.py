@@ -1,16 +1,24 @@
 """What the operators of this folder have in common beside their kernels."""
 
+from collections.abc import Callable, Collection
+
 import torch
 from torch import Tensor
 
 
-def make_differentiable(name: str) -> None:
+def make_differentiable(
+    name: str, without_gradient: Callable[..., Collection[int]] = lambda *numbers: ()
+) -> None:
     """Let ``torch.ops.mambavc.<name>`` differentiate by ``<name>_backward``.
 
     The first takes tensors, then perhaps numbers; its result is like the first tensor. The second
     takes the gradient by that result, then the same, and returns the gradients by the tensors. It
     recomputes what it needs: only the inputs are kept between the passes. The compiler gets to
     know the shapes of both.
+
+    Args:
+        without_gradient: tells from the numbers which tensors, by place, have no gradient; the
+            second operator returns empty tensors, of shape (0,), for these.
     """
     forward, backward = f"mambavc::{name}", f"mambavc::{name}_backward"
 
@@ -20,7 +28,12 @@ def make_differentiable(name: str) -> None:
 
     @torch.library.register_fake(backward)
     def gradients(dout, *inputs):
-        return tuple(_contiguous_like(each) for each in inputs if isinstance(each, Tensor))
+        tensors = [each for each in inputs if isinstance(each, Tensor)]
+        missing = without_gradient(*inputs[len(tensors) :])
+        return tuple(
+            each.new_empty(0) if i in missing else _contiguous_like(each)
+            for i, each in enumerate(tensors)
+        )
 
     def save_inputs(ctx, inputs, output) -> None:
         tensors = [each for each in inputs if isinstance(each, Tensor)]
@@ -29,8 +42,10 @@ def make_differentiable(name: str) -> None:
 
     def differentiate(ctx, dout):
         operator = getattr(torch.ops.mambavc, f"{name}_backward")
-        by_tensors = operator(dout.contiguous(), *ctx.saved_tensors, *ctx.numbers)
-        return *by_tensors, *[None] * len(ctx.numbers)
+        gradients = list(operator(dout.contiguous(), *ctx.saved_tensors, *ctx.numbers))
+        for i in without_gradient(*ctx.numbers):
+            gradients[i] = None
+        return *gradients, *[None] * len(ctx.numbers)
 
     def refuse(ctx, *gradients):
         raise RuntimeError(f"{name}_backward has no gradients of its own")

@@ -16,6 +16,7 @@ def selective_scan_2d(
     A_logs: Tensor,
     Ds: Tensor,
     *,
+    fixed_A: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Scan a feature map along four orders of its pixels and sum the results (SS2D).
@@ -35,13 +36,17 @@ def selective_scan_2d(
         dt_projs_bias: (4, dim).
         A_logs: (4 * dim, dstate).
         Ds: (4 * dim,).
+        fixed_A: a promise that A_logs is log(1..dstate) in every channel, to the rounding of
+            float32. It gets no gradient then, and kernels that know of the promise take powers of
+            one exponential for all states. Float64 maps are scanned by A_logs as it is.
         backend: ``auto``, ``triton``, ``cpu``, ``mamba_ssm`` or ``reference``. ``auto`` is what
             `kernels.use_backend` or the environment says; without either the compiled backend
             of x's device, or the reference where that is missing.
 
     Returns:
         (batch, height, width, dim) in x's dtype. States, delta and sums are float32, for float64
-        maps float64; parameters are cast to that. Differentiable once in all tensors.
+        maps float64; parameters are cast to that. Differentiable once in all tensors, but for
+        A_logs where it is fixed.
 
     Raises:
         ValueError: a shape or dtype is not as above, or there is no backend of that name.
@@ -58,6 +63,9 @@ def selective_scan_2d(
     x_dbl = project(x, x_proj_weight.flatten(0, 1).to(x.dtype)).to(x.dtype)
     x_dbl = x_dbl.unflatten(-1, x_proj_weight.shape[:2])
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if fixed_A:
+        A_logs = A_logs.detach()
+        fixed_A = dtype == torch.float32  # rounded logarithms are not those of float64
     parameters = (dt_projs_weight, dt_projs_bias, A_logs, Ds)
     inputs = ScanInputs(
         x.contiguous(), x_dbl.contiguous(), *(p.to(dtype).contiguous() for p in parameters)
@@ -68,7 +76,7 @@ def selective_scan_2d(
         from kernels import scan_mamba_ssm
 
         return scan_mamba_ssm.scan_2d(inputs)
-    return scan_operator.scan_2d(*inputs)  # triton or cpu, whichever x's device has
+    return scan_operator.scan_2d(*inputs, fixed_A)  # triton or cpu, whichever x's device has
 
 
 def _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds) -> None:

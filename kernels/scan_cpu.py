@@ -435,8 +435,12 @@ class _Problem:
         return x.detach().to(self.dtype).contiguous().flatten(1, 2).flatten(2).numpy()
 
 
-def scan_2d_forward(inputs: ScanInputs) -> Tensor:
-    """`kernels.scan_reference.scan_2d` for CPU tensors of any strides, without gradients."""
+def scan_2d_forward(inputs: ScanInputs, fixed_A: bool = False) -> Tensor:
+    """`kernels.scan_reference.scan_2d` for CPU tensors of any strides, without gradients.
+
+    Args:
+        fixed_A: see `kernels.selective_scan_2d`.
+    """
     problem = _Problem(inputs, FORWARD_CHANNELS)
     y = torch.empty(inputs.x.shape, dtype=problem.dtype)
     jobs = [(i, j) for i in range(problem.batch) for j in range(problem.blocks)]
@@ -445,7 +449,7 @@ def scan_2d_forward(inputs: ScanInputs) -> Tensor:
     return y.to(inputs.x.dtype)
 
 
-def scan_2d_backward(dy: Tensor, inputs: ScanInputs) -> ScanInputs:
+def scan_2d_backward(dy: Tensor, inputs: ScanInputs, fixed_A: bool = False) -> ScanInputs:
     """The gradients of `scan_2d_forward` by its inputs, given `dy`, the gradient by its result.
 
     Each running job holds the states at the start of every chunk: dstate / STEPS times what its
@@ -475,7 +479,7 @@ def scan_2d_backward(dy: Tensor, inputs: ScanInputs) -> ScanInputs:
         dx_dbl,
         _join(dW.sum(0), dim, problem.rank),
         dbias.sum(0).flatten(1)[:, :dim].contiguous(),
-        dA.reshape(inputs.A_logs.shape),
+        dA.new_empty(0) if fixed_A else dA.reshape(inputs.A_logs.shape),
         dD.sum(0).flatten(1)[:, :dim].reshape(-1),
     )
     return ScanInputs(*(d.to(t.dtype) for d, t in zip(gradients, inputs, strict=True)))

@@ -1,7 +1,9 @@
 """The compiled scan as PyTorch operators: `torch.ops.mambavc.scan_2d` and its backward.
 
 Their tensors are those of `ScanInputs`, contiguous on a GPU. CPU tensors run `kernels.scan_cpu`,
-CUDA tensors `kernels.scan_triton`; each is imported at its first call.
+CUDA tensors `kernels.scan_triton`; each is imported at its first call. Where A is fixed (see
+`kernels.selective_scan_2d`), A_logs has no gradient, and the backward operator returns an empty
+tensor, of shape (0,), in its place.
 """
 
 import torch
@@ -16,41 +18,52 @@ _GRADIENTS = ", ".join(["Tensor"] * len(ScanInputs._fields))
 
 
 # Not by `torch.library.custom_op`, whose first call imports PyTorch's compiler: seconds.
-torch.library.define("mambavc::scan_2d", f"({_INPUTS}) -> Tensor")
-torch.library.define("mambavc::scan_2d_backward", f"(Tensor dy, {_INPUTS}) -> ({_GRADIENTS})")
+torch.library.define("mambavc::scan_2d", f"({_INPUTS}, bool fixed_A) -> Tensor")
+torch.library.define(
+    "mambavc::scan_2d_backward", f"(Tensor dy, {_INPUTS}, bool fixed_A) -> ({_GRADIENTS})"
+)
 scan_2d = torch.ops.mambavc.scan_2d
 scan_2d_backward = torch.ops.mambavc.scan_2d_backward
 
 
+def _unpack(inputs: tuple) -> tuple[ScanInputs, bool]:
+    *tensors, fixed_A = inputs
+    return ScanInputs(*tensors), fixed_A
+
+
 @torch.library.impl("mambavc::scan_2d", "cpu")
-def _forward_on_cpu(*inputs: Tensor) -> Tensor:
+def _forward_on_cpu(*inputs) -> Tensor:
     from kernels import scan_cpu
 
-    return scan_cpu.scan_2d_forward(ScanInputs(*inputs))
+    return scan_cpu.scan_2d_forward(*_unpack(inputs))
 
 
 @torch.library.impl("mambavc::scan_2d", "cuda")
-def _forward_on_cuda(*inputs: Tensor) -> Tensor:
+def _forward_on_cuda(*inputs) -> Tensor:
     from kernels import scan_triton
 
-    return scan_triton.scan_2d_forward(ScanInputs(*inputs))
+    return scan_triton.scan_2d_forward(*_unpack(inputs))
 
 
 @torch.library.impl("mambavc::scan_2d_backward", "cpu")
-def _backward_on_cpu(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+def _backward_on_cpu(dy: Tensor, *inputs) -> tuple[Tensor, ...]:
     from kernels import scan_cpu
 
-    return tuple(scan_cpu.scan_2d_backward(dy, ScanInputs(*inputs)))
+    return tuple(scan_cpu.scan_2d_backward(dy, *_unpack(inputs)))
 
 
 @torch.library.impl("mambavc::scan_2d_backward", "cuda")
-def _backward_on_cuda(dy: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+def _backward_on_cuda(dy: Tensor, *inputs) -> tuple[Tensor, ...]:
     from kernels import scan_triton
 
-    return tuple(scan_triton.scan_2d_backward(dy, ScanInputs(*inputs)))
+    return tuple(scan_triton.scan_2d_backward(dy, *_unpack(inputs)))
 
 
-make_differentiable("scan_2d")
+def _without_gradient(fixed_A: bool) -> tuple[int, ...]:
+    return (ScanInputs._fields.index("A_logs"),) if fixed_A else ()
+
+
+make_differentiable("scan_2d", _without_gradient)
 
 
 def scan_macs(batch: int, height: int, width: int, dim: int, dstate: int, dt_rank: int) -> int:
@@ -74,13 +87,14 @@ def scan_flops(batch: int, height: int, width: int, dim: int, dstate: int, dt_ra
     return 2 * scan_macs(batch, height, width, dim, dstate, dt_rank) + others
 
 
+# A count is of what the recurrence asks for: a fixed A, which saves exponentials, counts the same.
 @register_flop_formula(torch.ops.mambavc.scan_2d)
-def _forward_flops(*shapes, out_shape=None, **kwargs) -> int:
-    shapes = ScanInputs(*shapes)
+def _forward_flops(*inputs, out_shape=None, **kwargs) -> int:
+    shapes, _ = _unpack(inputs)
     return scan_flops(*shapes.x, shapes.A_logs[1], shapes.dt_projs_weight[2])
 
 
 @register_flop_formula(torch.ops.mambavc.scan_2d_backward)
-def _backward_flops(dy_shape, *shapes, out_shape=None, **kwargs) -> int:
+def _backward_flops(dy_shape, *inputs, out_shape=None, **kwargs) -> int:
     """As for matrix products: the gradients by both factors cost twice the forward pass."""
-    return 2 * _forward_flops(*shapes)
+    return 2 * _forward_flops(*inputs)

@@ -11,7 +11,8 @@ class ScanInputs(NamedTuple):
     """What every backend scans, all on one device.
 
     `kernels.selective_scan_2d` makes them contiguous, and the parameters float32, or float64 for
-    float64 maps. Gradients come as another `ScanInputs`, each in the shape and dtype of its input.
+    float64 maps. Gradients come as another `ScanInputs`, each in the shape and dtype of its input,
+    but for that by A_logs where A is fixed, which is empty.
     """
 
     x: Tensor  # (batch, height, width, dim); float32, float64, bfloat16 or float16

@@ -392,7 +392,7 @@ def _carry(A_logs, states, delta_sums, k, acc):
     )  # fmt: skip
 
 
-def scan_2d_forward(inputs: ScanInputs) -> Tensor:
+def scan_2d_forward(inputs: ScanInputs, fixed_A: bool = False) -> Tensor:
     """Scan x along four orders of its pixels and sum the results in image order.
 
     Besides the result it allocates the chunk states, a few percent of x, and for a dtype of 16
@@ -400,6 +400,7 @@ def scan_2d_forward(inputs: ScanInputs) -> Tensor:
 
     Args:
         inputs: contiguous.
+        fixed_A: see `kernels.selective_scan_2d`.
 
     Returns:
         y: (batch, height, width, dim), in the dtype of x. States and sums are float32, or float64.
@@ -434,7 +435,7 @@ def scan_2d_forward(inputs: ScanInputs) -> Tensor:
     return y
 
 
-def scan_2d_backward(dy: Tensor, inputs: ScanInputs) -> ScanInputs:
+def scan_2d_backward(dy: Tensor, inputs: ScanInputs, fixed_A: bool = False) -> ScanInputs:
     """The gradients of `scan_2d_forward` by its inputs, given dy, the gradient by y.
 
     Directions are taken one after the other, but together on small maps. Besides the results it
@@ -443,7 +444,7 @@ def scan_2d_backward(dy: Tensor, inputs: ScanInputs) -> ScanInputs:
 
     Args:
         dy: (batch, height, width, dim), contiguous, in the dtype of x.
-        inputs: as in `scan_2d_forward`.
+        inputs, fixed_A: as in `scan_2d_forward`.
     """
     x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds = inputs
     batch, height, width, dim = x.shape
@@ -520,4 +521,6 @@ def scan_2d_backward(dy: Tensor, inputs: ScanInputs) -> ScanInputs:
         if directions > 1:
             torch.sum(dx_sum, 0, out=dx, dtype=x.dtype)
     dDs = dD_parts.sum(0).repeat(4)
+    if fixed_A:
+        dA_logs = dA_logs.new_empty(0)
     return ScanInputs(dx, dx_dbl, dW, dbias, dA_logs, dDs)

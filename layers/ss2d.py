@@ -12,12 +12,61 @@ DIRECTIONS = 4  # row-major, column-major, and both reversed
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # Mamba's range of initial step sizes
 
 
+def is_fixed(A_logs: Tensor) -> bool:
+    """Whether (channels, dstate) logarithms are those of 1..dstate in every channel, as at first.
+
+    To two units in the last place of float32, because libraries' logarithms differ by one. It makes
+    the host wait for the tensor's device.
+    """
+    first = torch.arange(1, A_logs.shape[1] + 1, dtype=torch.float64).log()
+    return bool(torch.isclose(A_logs.detach().cpu().double(), first, rtol=2**-22, atol=0).all())
+
+
+class _FixedA:
+    """Whether a layer's A_logs `is_fixed`, remembered until it changes.
+
+    What changes its values counts in its version, or gives it other memory; only writes through
+    ``.data``, NumPy or the like go unseen, after which `torch.autograd.graph.increment_version`
+    has to be called.
+    """
+
+    def __init__(self):
+        self.known = None
+
+    def __reduce__(self):
+        return type(self), ()  # the versions of a copied parameter start anew
+
+    def forget(self) -> None:
+        self.known = None
+
+    def __call__(self, A_logs: Tensor) -> bool:
+        """The answer; False, which is never wrong, where the values cannot be read or kept."""
+        if torch.compiler.is_compiling():  # the code would keep the answer for other values
+            return False
+        # Tensors of other types, as `torch.func` has, need not have a memory and a version.
+        if type(A_logs) is not nn.Parameter or A_logs.is_meta or A_logs.is_inference():
+            return False
+        if self.known is not None:
+            parameter, values, version, answer = self.known
+            same = parameter is A_logs and values.data_ptr() == A_logs.data_ptr()
+            if same and version == A_logs._version:
+                return answer
+        if A_logs.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        # Held here, the memory is not given to other values meanwhile.
+        self.known = A_logs, A_logs.detach(), A_logs._version, is_fixed(A_logs)
+        return self.known[-1]
+
+
 class SS2D(nn.Module):
     """Gated four-direction selective scan on channels-last maps.
 
     ``x, z = in_proj(u)``; ``x = SiLU(conv2d(x))``; ``y = scan(x)``;
     ``out = out_proj(out_norm(y) * SiLU(z))``. The scan is `kernels.selective_scan_2d`. The layers'
     weights are used without calling them, so forward hooks on them do not run.
+
+    Where no gradient by A_logs is wanted and it holds its first values, the scan takes a faster
+    kernel. A CUDA graph keeps the kernel with which it was captured.
 
     Args:
         dim: channels of input and output.
@@ -38,6 +87,7 @@ class SS2D(nn.Module):
         self.Ds = nn.Parameter(torch.empty(DIRECTIONS * inner))
         self.out_norm = nn.LayerNorm(inner)
         self.out_proj = nn.Linear(inner, dim, bias=False)
+        self._is_fixed = _FixedA()
         self.reset_scan_parameters()
 
     @torch.no_grad()
@@ -63,12 +113,20 @@ class SS2D(nn.Module):
             self.Ds,
         )
 
+    def _has_fixed_A(self) -> bool:
+        if torch.is_grad_enabled() and self.A_logs.requires_grad:
+            if not torch.compiler.is_exporting():  # which has no side effects
+                # An update may follow, and fused optimisers count no change in a tensor's version.
+                self._is_fixed.forget()
+            return False
+        return self._is_fixed(self.A_logs)
+
     def forward(self, u: Tensor) -> Tensor:
         """Map (batch, height, width, dim) to the same shape."""
         # Two products instead of one that is split: both maps come out dense.
         x_weight, z_weight = self.in_proj.weight.chunk(2)
         x = depthwise_conv_silu(project(u, x_weight), self.conv2d.weight, self.conv2d.bias)
-        y = selective_scan_2d(x, *self.scan_parameters())
+        y = selective_scan_2d(x, *self.scan_parameters(), fixed_A=self._has_fixed_A())
         del x  # the gate follows with maps of the same size
         z = project(u, z_weight)
         norm = self.out_norm

@@ -85,7 +85,7 @@ def save_weights(checkpoint: dict, path: Path) -> bool:
 
     Weights are rounded to half precision, but for tensors that hold a value beyond its range
     (65,504). The entropy models, which are small, are kept as they are: their tables were built
-    from them.
+    from them. So is an A that is fixed: rounded, it would be any other to the scan's kernels.
 
     Returns:
         Whether rounding changed the model's fingerprint: what was coded with the checkpoint then
@@ -96,13 +96,17 @@ def save_weights(checkpoint: dict, path: Path) -> bool:
     """
     from safetensors.torch import save
 
+    from layers.ss2d import is_fixed
+
     from .coding import fingerprint
 
     _check_finite(checkpoint["state_dict"], path)
     state_dict = {}
     for key, value in checkpoint["state_dict"].items():
         half = value.half() if value.is_floating_point() else value
-        exact = key.startswith(("entropy_bottleneck.", "gaussian_conditional."))
+        exact = key.startswith(("entropy_bottleneck.", "gaussian_conditional.")) or (
+            key.endswith(".A_logs") and is_fixed(value)
+        )
         state_dict[key] = (value if exact or not half.isfinite().all() else half).contiguous()
     metadata = {
         "model": checkpoint["model"],

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
 
@@ -83,6 +84,7 @@ class Processes:
         if self.world_size > 1:
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
+            increment_version(tensors)  # which a broadcast does not
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors of one dtype by their means over all processes."""

@@ -9,6 +9,9 @@ import torch.nn as nn
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
+from layers.ss2d import SS2D, is_fixed
+from utils import UsageError
+
 # Parameters of the scan that are stacks of matrices, one for each direction.
 _MATRIX_STACKS = ("x_proj_weight", "dt_projs_weight")
 
@@ -18,7 +21,7 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Sort the parameters of a codec by the optimiser that suits them.
+    """Sort the parameters of a codec that are trained by the optimiser that suits them.
 
     Returns:
         ``matrices``: weights of linear layers, kernels of convolutions that mix channels, the
@@ -34,6 +37,8 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     }
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "rest": [], "aux": []}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if name.endswith(".quantiles"):
             groups["aux"].append(parameter)
         elif id(parameter) in kernels or name.endswith(_MATRIX_STACKS):
@@ -41,6 +46,22 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         else:
             groups["rest"].append(parameter)
     return groups
+
+
+def fix_A(model: nn.Module) -> None:
+    """Leave the A of all scans at -(1..dstate), where training starts, which a faster kernel takes.
+
+    Raises:
+        UsageError: A has other values.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, SS2D):
+            if not is_fixed(module.A_logs):
+                raise UsageError(
+                    f"--fixed-A needs weights whose A was not trained, but {name}.A_logs was; "
+                    "leave out --fixed-A, or start without --checkpoint"
+                )
+            module.A_logs.requires_grad_(False)
 
 
 def make_optimizers(

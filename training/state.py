@@ -225,9 +225,11 @@ class Run:
         if "optimizers" not in checkpoint:
             logger.info("%s holds weights only: starting at step 0", source)
             return
-        before = {**checkpoint["args"], "global_batch": checkpoint["global_batch"]}
+        # Runs of before there was the flag trained A.
+        before = {"fixed_A": False, **checkpoint["args"]}
+        before["global_batch"] = checkpoint["global_batch"]
         now = {**self.flags, "global_batch": self.global_batch}
-        for key in ("optimizer", "global_batch"):
+        for key in ("optimizer", "fixed_A", "global_batch"):
             if now[key] != before[key]:
                 raise UsageError(
                     f"the run cannot go on with another {key}: it was {before[key]} and is now "
