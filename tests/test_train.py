@@ -308,8 +308,11 @@ with Processes(cuda=False) as processes:
     processes.average(tensors)
     assert all(map(torch.equal, tensors, own(0.5))), tensors
     tensors = own(processes.rank)
+    versions = [tensor._version for tensor in tensors]
     processes.share(tensors)
     assert all(map(torch.equal, tensors, own(0))), tensors
+    # What was read of them before is known to be old.
+    assert all(t._version > version for t, version in zip(tensors, versions, strict=True))
 """
 
 
@@ -565,6 +568,41 @@ def test_run_does_not_go_on_with_another_batch_or_optimizer(flags):
     ):
         with pytest.raises(UsageError, match=key):
             main(flags("run", "--continue_train", *options))
+
+
+def A_logs(state_dict):
+    return {key: value for key, value in state_dict.items() if key.endswith("A_logs")}
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+def test_fixed_A_stays_and_its_run_goes_on(flags, tiny, tmp_path, optimizer):
+    options = ["--fixed-A", "--optimizer", optimizer, "--ema", 0.9]
+    main(flags("whole", *options))
+    main(flags("parts", *options, steps=2))
+    main(flags("parts", "--continue_train", *options))
+    whole, parts = load(tmp_path / "whole"), load(tmp_path / "parts")
+    # Validations need not agree: the one that ended the first part is one more.
+    torch.testing.assert_close(parts["net"], whole["net"], rtol=0, atol=0)
+    before = torch.load(tiny, weights_only=True)["state_dict"]
+    for key, value in A_logs(before).items():
+        assert torch.equal(whole["net"][key], value)
+        assert torch.equal(whole["state_dict"][key], value)
+    assert not torch.equal(whole["net"]["g_a.1.op.Ds"], before["g_a.1.op.Ds"])
+
+
+def test_run_does_not_go_on_with_another_kind_of_A(flags, tmp_path):
+    main(flags("trained", steps=1))
+    with pytest.raises(UsageError, match=r"--fixed-A needs A as training starts with it, but g_a"):
+        main(flags("trained", "--continue_train", "--fixed-A"))
+    main(flags("fixed", "--fixed-A", steps=1))
+    with pytest.raises(UsageError, match="fixed_A: it was True and is now False"):
+        main(flags("fixed", "--continue_train"))
+    # Those of before the flag was there say nothing of it, and go on.
+    path = state.checkpoint_path(tmp_path / "trained" / "0.05", "latest")
+    checkpoint = torch.load(path, weights_only=True)
+    del checkpoint["args"]["fixed_A"]
+    torch.save(checkpoint, path)
+    main(flags("trained", "--continue_train", steps=2))
 
 
 def test_second_run_in_a_folder_is_refused(flags, tmp_path, capfd):

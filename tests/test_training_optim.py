@@ -8,7 +8,15 @@ import torch.nn as nn
 from conftest import SHALLOW
 
 import models
-from training.optim import Muon, lr_factor, make_optimizers, orthogonalise, split_parameters
+from training.optim import (
+    Muon,
+    fix_A,
+    lr_factor,
+    make_optimizers,
+    orthogonalise,
+    split_parameters,
+)
+from utils import UsageError
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +39,22 @@ def test_every_parameter_has_one_optimizer(model):
     assert all(not name.startswith("entropy_bottleneck") for name in matrices)
     assert all("relative_position_params" not in name for name in matrices)
     assert [names[id(p)] for p in groups["aux"]] == ["entropy_bottleneck.quantiles"]
+
+
+def test_a_fixed_A_is_left_to_no_optimizer(model):
+    model = copy.deepcopy(model)
+    fix_A(model)
+    ids = {id(p) for group in split_parameters(model).values() for p in group}
+    left_out = {name for name, p in model.named_parameters() if id(p) not in ids}
+    assert left_out == {name for name, _ in model.named_parameters() if name.endswith("A_logs")}
+
+
+@torch.no_grad()
+def test_an_A_that_was_trained_cannot_be_fixed(model):
+    model = copy.deepcopy(model)
+    model.g_s[1].op.A_logs[0, 0] += 1e-4
+    with pytest.raises(UsageError, match=r"--fixed-A .* g_s\.1\.op\.A_logs has other values"):
+        fix_A(model)
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 12, 75), (4, 64, 4), (1, 1, 9)])

@@ -58,8 +58,8 @@ def fix_A(model: nn.Module) -> None:
         if isinstance(module, SS2D):
             if not is_fixed(module.A_logs):
                 raise UsageError(
-                    f"--fixed-A needs weights whose A was not trained, but {name}.A_logs was; "
-                    "leave out --fixed-A, or start without --checkpoint"
+                    f"--fixed-A needs A as training starts with it, but {name}.A_logs has other "
+                    "values; leave out --fixed-A, or start from fresh weights"
                 )
             module.A_logs.requires_grad_(False)
 
