@@ -32,18 +32,19 @@ from kernels.scan_triton_backward import (
 )
 from kernels.scan_triton_parts import (
     INTERPRETED,
-    LOG2_E,
     SIZES,
     Walk,
     arange,
     both,
     channels_states_ranks,
+    decays,
     exp2,
     fetch_channels,
     fetch_group,
     first_pixel,
     gl,
     jit,
+    load_A,
     load_direction,
     next_group,
     project_delta,
@@ -133,7 +134,7 @@ def _chunk_state_kernel(
             # With a delta of zero, positions past the end leave the state alone.
             b_delta = gl.where(i + t < count, b_delta, 0.0)
             b_B = Bs.slice(t, 1, 1).load(META.LAYOUT)
-            b_a = exp2(b_A * b_delta[None, :])
+            b_a = decays(b_delta[None, :], b_A, o_n[:, None], META.FIXED_A, META.PADDED_DSTATE)
             b_h = b_a * b_h + b_B * (b_delta * b_xs[t])[None, :]
             b_sum += b_delta
         b_xs = b_next_xs
@@ -159,6 +160,7 @@ def _carry_kernel(
     AHEAD: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     WITH_ADJOINTS: tl.constexpr,
+    FIXED_A: tl.constexpr,
     ACC: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
 ):
@@ -177,8 +179,7 @@ def _carry_kernel(
     o_c = gl.program_id(0) * CHANNELS + arange(CHANNELS, BY_CHANNEL)
     m_c = o_c < DIM
     direction = k + i_row // (num_rows // DIRECTIONS)
-    b_A = gl.load(A_logs + (direction * DIM + o_c) * DSTATE + i_n, mask=m_c, other=0.0).to(ACC)
-    b_A = -exp2(b_A * LOG2_E) * LOG2_E
+    b_A = load_A(A_logs, direction * DIM + o_c, i_n, m_c, FIXED_A, DSTATE, ACC)
     p_states = states + i_set.to(gl.int64) * num_chunks * (DSTATE * DIM) + i_n * DIM + o_c
     p_sums = delta_sums + i_row.to(gl.int64) * num_chunks * DIM + o_c
 
@@ -205,8 +206,8 @@ def _carry_kernel(
 
 @jit
 def _walk_chunk(
-    x, x_dbl, y_sum, y, b_h, direction, b_D, o_image, start, count, k, height, width, o_c, buffers,
-    BEGINS: tl.constexpr, META: tl.constexpr,
+    x, x_dbl, y_sum, y, b_h, direction, b_D, o_image, start, count, k, height, width, o_c, o_n,
+    buffers, BEGINS: tl.constexpr, META: tl.constexpr,
 ):  # fmt: skip
     """Write y_sum plus the outputs of direction k to y, for `count` positions from `start`."""
     b_W, b_bias, b_A = direction
@@ -237,7 +238,7 @@ def _walk_chunk(
             b_delta = project_delta(rs.slice(t, 1, 1).load(META.LAYOUT), b_W, b_bias)
             b_B = Bs.slice(t, 1, 1).load(META.LAYOUT)
             b_C = Cs.slice(t, 1, 1).load(META.LAYOUT)
-            b_a = exp2(b_A * b_delta[None, :])
+            b_a = decays(b_delta[None, :], b_A, o_n[:, None], META.FIXED_A, META.PADDED_DSTATE)
             b_h = b_a * b_h + b_B * (b_delta * b_xs[t])[None, :]
             b_y = gl.sum(b_C * b_h, axis=0)
             if BEGINS:
@@ -299,7 +300,7 @@ def _output_kernel(
     b_h = gl.load(p_states + o_states, mask=m_nc, other=0.0)  # [N, CH]
     _walk_chunk(
         x, x_dbl, y_sum, y_sum, b_h, direction, b_D, o_image, first, count, ORDER, height, width,
-        o_c, buffers, ORDER == 0, META,
+        o_c, o_n, buffers, ORDER == 0, META,
     )  # fmt: skip
 
     # And back.
@@ -315,7 +316,7 @@ def _output_kernel(
         p_out = y
     _walk_chunk(
         x, x_dbl, y_sum, p_out, b_h, direction, b_D, o_image, length - first - count, count,
-        ORDER + 2, height, width, o_c, buffers, False, META,
+        ORDER + 2, height, width, o_c, o_n, buffers, False, META,
     )  # fmt: skip
 
 
@@ -329,7 +330,9 @@ def _warps(dim: int, most: int) -> int:
 
 
 @functools.lru_cache
-def _walk_options(dim, dstate, rank, acc, most_warps, most_channels, steps) -> tuple[Walk, int]:
+def _walk_options(
+    dim, dstate, rank, acc, most_warps, most_channels, steps, fixed_A=False
+) -> tuple[Walk, int]:
     """The constants of a walking kernel and the number of its warps."""
     per_thread = most_channels if dim % (32 * most_channels) == 0 and acc == tl.float32 else 1
     num_warps = _warps(dim // per_thread, most_warps)
@@ -345,8 +348,8 @@ def _walk_options(dim, dstate, rank, acc, most_warps, most_channels, steps) -> t
             _fetch_layout(padded_dstate, num_warps),
             gl.SwizzledSharedLayout(1, 1, 1, order=[0, 1]),
         )
-    sizes = dim, dstate, rank, 32 * per_thread * num_warps, padded_dstate, padded_rank, steps, acc
-    return Walk(*sizes, *map(tl.constexpr, layouts)), num_warps
+    sizes = dim, dstate, rank, 32 * per_thread * num_warps, padded_dstate, padded_rank, steps
+    return Walk(*sizes, fixed_A, acc, *map(tl.constexpr, layouts)), num_warps
 
 
 @functools.lru_cache
@@ -378,7 +381,7 @@ def _chunks(length: int, programs: int, wanted: int, unit: int) -> tuple[int, in
     return chunk_size, triton.cdiv(length, chunk_size)
 
 
-def _carry(A_logs, states, delta_sums, k, acc):
+def _carry(A_logs, states, delta_sums, k, acc, fixed_A=False):
     directions, batch, num_chunks, dim = delta_sums.shape
     with_adjoints = states.dim() == 6
     layout = None
@@ -387,12 +390,12 @@ def _carry(A_logs, states, delta_sums, k, acc):
     grid = (triton.cdiv(dim, 32), A_logs.shape[1], directions * batch * (1 + with_adjoints))
     _carry_kernel[grid](
         A_logs, states, delta_sums, num_chunks, k, DIM=dim, DSTATE=A_logs.shape[1], CHANNELS=32,
-        AHEAD=CARRY_AHEAD, DIRECTIONS=directions, WITH_ADJOINTS=with_adjoints, ACC=acc,
-        BY_CHANNEL=layout, num_warps=1,
+        AHEAD=CARRY_AHEAD, DIRECTIONS=directions, WITH_ADJOINTS=with_adjoints,
+        FIXED_A=fixed_A, ACC=acc, BY_CHANNEL=layout, num_warps=1,
     )  # fmt: skip
 
 
-def scan_2d_forward(inputs: ScanInputs) -> Tensor:
+def scan_2d_forward(inputs: ScanInputs, fixed_A: bool = False) -> Tensor:
     """Scan x along four orders of its pixels and sum the results in image order.
 
     Besides the result it allocates the chunk states, a few percent of x, and for a dtype of 16
@@ -400,6 +403,7 @@ def scan_2d_forward(inputs: ScanInputs) -> Tensor:
 
     Args:
         inputs: contiguous.
+        fixed_A: take A as -(1, ..., dstate) in every channel. A_logs is then not read.
 
     Returns:
         y: (batch, height, width, dim), in the dtype of x. States and sums are float32, or float64.
@@ -409,7 +413,7 @@ def scan_2d_forward(inputs: ScanInputs) -> Tensor:
     dstate, accumulator = inputs.dstate, inputs.dtype
     acc = tl.float64 if accumulator == torch.float64 else tl.float32
     meta, num_warps = _walk_options(
-        dim, dstate, inputs.dt_rank, acc, FORWARD_WARPS, FORWARD_CHANNELS, FORWARD_GROUP
+        dim, dstate, inputs.dt_rank, acc, FORWARD_WARPS, FORWARD_CHANNELS, FORWARD_GROUP, fixed_A
     )
     blocks = triton.cdiv(dim, meta.CHANNELS)
     chunk_size, num_chunks = _chunks(
@@ -426,7 +430,7 @@ def scan_2d_forward(inputs: ScanInputs) -> Tensor:
             _chunk_state_kernel[grid](
                 *inputs[:5], states, delta_sums, *sizes, META=meta, num_warps=num_warps
             )
-        _carry(A_logs, states, delta_sums, 0, acc)
+        _carry(A_logs, states, delta_sums, 0, acc, fixed_A)
         for order in range(2):
             _output_kernel[(blocks, num_chunks, batch)](
                 *inputs, states, y_sum, y, *sizes, ORDER=order, META=meta, num_warps=num_warps

@@ -7,6 +7,9 @@ Triton, which has no layouts: `gl` and `jit` are then Triton's own.
 Prefixes: `i_` program index, `o_` offsets, `m_` mask, `p_` pointer, `b_` block value.
 Shapes in trailing comments: N states, CH channels of the program. A is kept times log2(e),
 because the hardware's exponential has base 2.
+
+FIXED_A says that A is -(1, ..., DSTATE) in every channel, as it is before training: all decays of
+a channel are then powers of one, and A is not read.
 """
 
 # Triton compiles no starred tuples.
@@ -181,6 +184,7 @@ class Walk(NamedTuple):
     PADDED_DSTATE: int  # a power of 2, like all sizes of blocks
     PADDED_RANK: int
     STEPS: int  # positions of which the inputs are fetched together
+    FIXED_A: bool
     ACC: tl.dtype  # of states and sums
     LAYOUT: object  # [N, CH]
     BY_STATE: object  # [N], as it lies in LAYOUT
@@ -260,6 +264,37 @@ def fetch_channels(p_channels, o_pixels, m_c, META: tl.constexpr):
 
 
 @jit
+def load_A(A_logs, o_kc, o_n, mask, FIXED_A: tl.constexpr, DSTATE: tl.constexpr, ACC: tl.constexpr):
+    """A log2(e) of the states o_n of rows o_kc of A_logs, which broadcast to the result."""
+    if FIXED_A:
+        # Numbers that the compiler knows, where it knows the states that a thread owns.
+        return -LOG2_E * (o_n + 1 + zeros_like(o_kc)).to(ACC)
+    else:
+        b_A = gl.load(A_logs + o_kc * DSTATE + o_n, mask=mask, other=0.0).to(ACC)
+        return -exp2(b_A * LOG2_E) * LOG2_E
+
+
+@jit
+def decays(b_delta, b_A, o_n, FIXED_A: tl.constexpr, PADDED_DSTATE: tl.constexpr):
+    """exp(delta A) of the states o_n, of which o_n and delta broadcast to the shape.
+
+    Where A is fixed, as powers of exp(-delta), by squaring: where a thread owns all states, these
+    are 15 products for 16 states, no longer chain than 4, because the choices below are made when
+    the kernel is compiled.
+    """
+    if FIXED_A:
+        b_power = exp2(b_delta * -LOG2_E)
+        b_a = gl.where((o_n + 1) % 2 == 1, b_power, 1.0)
+        for i in gl.static_range(1, 16):
+            if (1 << i) <= PADDED_DSTATE:
+                b_power = b_power * b_power
+                b_a = b_a * gl.where(((o_n + 1) >> i) % 2 == 1, b_power, 1.0)
+        return b_a
+    else:
+        return exp2(b_A * b_delta)
+
+
+@jit
 def load_direction(dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r, META: tl.constexpr):
     """The parameters of direction k: W (R, CH), bias (CH), A log2(e) (N, CH)."""
     m_c = o_c < META.DIM
@@ -267,9 +302,9 @@ def load_direction(dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r, MET
     p_W = dt_projs_weight + o_kc[None, :] * META.RANK + o_r[:, None]
     b_W = gl.load(p_W, mask=(o_r < META.RANK)[:, None] & m_c[None, :], other=0.0).to(META.ACC)
     b_bias = gl.load(dt_projs_bias + o_kc, mask=m_c, other=0.0).to(META.ACC)
-    p_A = A_logs + o_kc[None, :] * META.DSTATE + o_n[:, None]
-    b_A = gl.load(p_A, mask=(o_n < META.DSTATE)[:, None] & m_c[None, :], other=0.0).to(META.ACC)
-    return b_W, b_bias, -exp2(b_A * LOG2_E) * LOG2_E
+    m_nc = (o_n < META.DSTATE)[:, None] & m_c[None, :]
+    b_A = load_A(A_logs, o_kc[None, :], o_n[:, None], m_nc, META.FIXED_A, META.DSTATE, META.ACC)
+    return b_W, b_bias, b_A
 
 
 @jit
