@@ -103,6 +103,29 @@ def exp2(b_x):
 
 
 @jit
+def exp2_of_minus(b_x):
+    """2^-x. Compilers see no operands of inline assembly: a sign outside of it is a step more."""
+    if INTERPRETED or b_x.dtype == gl.float64:
+        return gl.exp2(-b_x)
+    else:
+        return gl.inline_asm_elementwise(
+            "{ .reg .f32 t; neg.f32 t, $1; ex2.approx.ftz.f32 $0, t; }",
+            "=f,f", [b_x], dtype=gl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@jit
+def _exp2_of_minus_abs(b_x):
+    if INTERPRETED or b_x.dtype == gl.float64:
+        return gl.exp2(-gl.abs(b_x))
+    else:
+        return gl.inline_asm_elementwise(
+            "{ .reg .f32 t; abs.f32 t, $1; neg.f32 t, t; ex2.approx.ftz.f32 $0, t; }",
+            "=f,f", [b_x], dtype=gl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@jit
 def _reciprocal(b_x):
     if INTERPRETED:
         return 1.0 / b_x
@@ -113,23 +136,33 @@ def _reciprocal(b_x):
 
 
 @jit
-def softplus(b_z):
-    """log(1 + exp(z)), with the relative accuracy of the dtype where exp(z) is tiny, too."""
-    b_u = exp2(-gl.abs(b_z) * LOG2_E)
-    if b_z.dtype == gl.float64:
+def _log_of_one_plus(b_u, SCALE: tl.constexpr):
+    """SCALE log(1 + u) for u from 0 to 1, with the relative accuracy of the dtype."""
+    if b_u.dtype == gl.float64:
         b_v = 1.0 + b_u
         # The second term is what rounding 1 + u lost.
-        b_log = gl.log(b_v) + (b_u - (b_v - 1.0)) / b_v
-        return gl.where(b_z > 20.0, b_z, gl.maximum(b_z, 0.0) + b_log)
+        return (gl.log(b_v) + (b_u - (b_v - 1.0)) / b_v) * SCALE
     else:
         # log(1 + u) = 2 atanh(u / (2 + u)); the polynomial has a relative error of 4e-9.
         b_s = b_u * _reciprocal(b_u + 2.0)
         b_q = b_s * b_s
-        b_p = b_q * 0.28174657 + 0.27961419
-        b_p = b_q * b_p + 0.40024854
-        b_p = b_q * b_p + 0.66666316
-        b_p = b_q * b_p + 2.0
-        return gl.maximum(b_z, 0.0) + b_s * b_p
+        b_p = b_q * (0.28174657 * SCALE) + 0.27961419 * SCALE
+        b_p = b_q * b_p + 0.40024854 * SCALE
+        b_p = b_q * b_p + 0.66666316 * SCALE
+        b_p = b_q * b_p + 2.0 * SCALE
+        return b_s * b_p
+
+
+@jit
+def softplus(b_z):
+    """log(1 + exp(z)), with the relative accuracy of the dtype where exp(z) is tiny, too."""
+    return gl.maximum(b_z, 0.0) + _log_of_one_plus(_exp2_of_minus_abs(b_z * LOG2_E), 1.0)
+
+
+@jit
+def softplus_in_bits(b_z):
+    """log2(1 + 2^z), which is log2(e) softplus(z ln(2)), as accurate as `softplus`."""
+    return gl.maximum(b_z, 0.0) + _log_of_one_plus(_exp2_of_minus_abs(b_z), LOG2_E)
 
 
 @jit
@@ -275,21 +308,26 @@ def load_A(A_logs, o_kc, o_n, mask, FIXED_A: tl.constexpr, DSTATE: tl.constexpr,
 
 
 @jit
-def decays(b_delta, b_A, o_n, FIXED_A: tl.constexpr, PADDED_DSTATE: tl.constexpr):
-    """exp(delta A) of the states o_n, of which o_n and delta broadcast to the shape.
+def powers(b_first, b_r, o_n, PADDED_DSTATE: tl.constexpr):
+    """b_first r^n of the states o_n, which broadcasts with the others to the shape.
 
-    Where A is fixed, as powers of exp(-delta), by squaring: where a thread owns all states, these
-    are 15 products for 16 states, no longer chain than 4, because the choices below are made when
-    the kernel is compiled.
+    By squaring. Where a thread owns all states, the choices below are made when the kernel is
+    compiled: one product is left for each state, none for the first, in no longer chain than 4.
     """
+    b_a = gl.where(o_n >= 0, b_first, 0.0)
+    for i in gl.static_range(16):
+        if (1 << i) < PADDED_DSTATE:
+            b_a = b_a * gl.where((o_n >> i) % 2 == 1, b_r, 1.0)
+            b_r = b_r * b_r
+    return b_a
+
+
+@jit
+def decays(b_delta, b_A, o_n, FIXED_A: tl.constexpr, PADDED_DSTATE: tl.constexpr):
+    """exp(delta A) of the states o_n, where o_n and delta broadcast to the shape."""
     if FIXED_A:
-        b_power = exp2(b_delta * -LOG2_E)
-        b_a = gl.where((o_n + 1) % 2 == 1, b_power, 1.0)
-        for i in gl.static_range(1, 16):
-            if (1 << i) <= PADDED_DSTATE:
-                b_power = b_power * b_power
-                b_a = b_a * gl.where(((o_n + 1) >> i) % 2 == 1, b_power, 1.0)
-        return b_a
+        b_r = exp2_of_minus(b_delta * LOG2_E)
+        return powers(b_r, b_r, o_n, PADDED_DSTATE)
     else:
         return exp2(b_A * b_delta)
 

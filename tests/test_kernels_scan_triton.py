@@ -43,7 +43,7 @@ def scan(monkeypatch):
 
     # Chunks of 4 forward; backward two chunks or less, of subchunks of two tiles of 2.
     small = {"SHORTEST_CHUNK": 4, "FORWARD_GROUP": 2, "BACKWARD_PROGRAMS": 2, "ADJOINT_GROUP": 2}
-    small |= {"SUBCHUNK": 4, "TILE": 2, "CARRY_AHEAD": 2}
+    small |= {"ONE_PASS_GROUP": 2, "SUBCHUNK": 4, "TILE": 2, "CARRY_AHEAD": 2}
     for name, value in small.items():
         monkeypatch.setattr(triton_scan, name, value)
     return triton_scan
