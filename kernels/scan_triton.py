@@ -12,8 +12,8 @@ takes less time than memory does to answer. The numbers that all channels share 
 memory, so that the lanes of a warp fetch them together and each thread then reads them all.
 """
 
-# Triton compiles neither starred tuples nor conditional expressions on pointers.
-# ruff: noqa: RUF005, SIM108
+# Triton compiles no starred tuples.
+# ruff: noqa: RUF005
 
 import functools
 import math
@@ -30,25 +30,17 @@ from kernels.scan_triton_backward import (
     projection_kernel,
     sweep_kernel,
 )
+from kernels.scan_triton_forward import chunk_state_kernel, half_kernel, output_kernel
 from kernels.scan_triton_parts import (
     INTERPRETED,
-    LOG2_E,
     SIZES,
     Walk,
     arange,
     both,
-    channels_states_ranks,
     exp2,
-    fetch_channels,
-    fetch_group,
-    first_pixel,
     gl,
     jit,
-    load_direction,
-    next_group,
-    project_delta,
-    row_buffers,
-    store_group,
+    load_A,
     zeros_like,
 )
 
@@ -58,10 +50,16 @@ FORWARD_PROGRAMS = 2112
 BACKWARD_PROGRAMS = 1056
 # Warps of a program and channels of a thread, where the number of channels is a multiple of both.
 FORWARD_WARPS, FORWARD_CHANNELS = 1, 2
+FORWARD_REGISTERS = 168  # of a thread, at most
 ADJOINT_WARPS, ADJOINT_CHANNELS = 1, 2
 SHORTEST_CHUNK = 32
 # Elements of x up to which the backward launches all directions at once, for seven times x.
 SMALL_MAP = 1 << 22
+# Sequences, by channel, direction and picture, from which on each is walked by one thread in one
+# go: they are enough threads then for a GPU, and nothing is computed twice.
+ONE_PASS_CHANNELS = 12288
+ONE_PASS_CHANNELS_OF_THREAD = 1
+ONE_PASS_GROUP = 8
 # Positions of which the inputs are fetched together.
 FORWARD_GROUP = 4
 ADJOINT_GROUP = 4
@@ -77,76 +75,6 @@ PROJECTION_CHANNELS = 32
 
 
 @jit(do_not_specialize=SIZES)
-def _chunk_state_kernel(
-    x,  # (batch, height, width, DIM)
-    x_dbl,  # (batch, height, width, 4, RANK + 2 * DSTATE)
-    dt_projs_weight,  # (4, DIM, RANK)
-    dt_projs_bias,  # (4, DIM)
-    A_logs,  # (4 * DIM, DSTATE)
-    states,  # (4, batch, num_chunks, DSTATE, DIM), of which chunk i + 1 is written
-    delta_sums,  # (4, batch, num_chunks, DIM)
-    height,
-    width,
-    chunk_size,
-    num_chunks,
-    META: tl.constexpr,  # a `Walk`
-):
-    """The state that each chunk but the last adds, and its sum of delta."""
-    STEPS: tl.constexpr = META.STEPS
-    NUM_BLOCKS: tl.constexpr = (META.DIM + META.CHANNELS - 1) // META.CHANNELS
-    i_block = gl.program_id(0) % NUM_BLOCKS
-    k = gl.program_id(0) // NUM_BLOCKS
-    i_chunk = gl.program_id(1)
-    i_b = gl.program_id(2).to(gl.int64)
-    length = height * width
-
-    # A reversed direction starts with the chunk at the end of the picture, the only short one.
-    last_size = length - (num_chunks - 1) * chunk_size
-    start = gl.where(k >= 2, gl.maximum(i_chunk - 1, 0) * chunk_size, i_chunk * chunk_size)
-    start = gl.where((k >= 2) & (i_chunk > 0), start + last_size, start)
-    count = gl.where((k >= 2) & (i_chunk == 0), last_size, chunk_size)
-
-    o_c, o_n, o_r = channels_states_ranks(i_block, META)
-    m_c = o_c < META.DIM
-    b_W, b_bias, b_A = load_direction(
-        dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r, META
-    )
-    p_x = x + i_b * length * META.DIM + o_c
-    ROW: tl.constexpr = META.RANK + 2 * META.DSTATE
-    p_r = x_dbl + i_b * length * (4 * ROW) + k * ROW
-    rs, Bs, _ = row_buffers(META)
-
-    b_h = zeros_like(b_A)  # [N, CH]
-    b_sum = zeros_like(b_bias)  # [CH]
-    walk = first_pixel(start, k, height, width)
-    o_pixels, walk = next_group(walk, count, STEPS)
-    b_rows = fetch_group(p_r, o_pixels, META)
-    b_xs = fetch_channels(p_x, o_pixels, m_c, META)
-    for i in range(0, count, STEPS):
-        rs.store(b_rows[0])
-        Bs.store(b_rows[1])
-        o_pixels, walk = next_group(walk, count - i - STEPS, STEPS)
-        b_rows = fetch_group(p_r, o_pixels, META)
-        b_next_xs = fetch_channels(p_x, o_pixels, m_c, META)
-        for t in gl.static_range(STEPS):
-            b_delta = project_delta(rs.slice(t, 1, 1).load(META.LAYOUT), b_W, b_bias)
-            # With a delta of zero, positions past the end leave the state alone.
-            b_delta = gl.where(i + t < count, b_delta, 0.0)
-            b_B = Bs.slice(t, 1, 1).load(META.LAYOUT)
-            b_a = exp2(b_A * b_delta[None, :])
-            b_h = b_a * b_h + b_B * (b_delta * b_xs[t])[None, :]
-            b_sum += b_delta
-        b_xs = b_next_xs
-
-    i_slot = (k * gl.num_programs(2) + i_b) * num_chunks + i_chunk
-    gl.store(delta_sums + i_slot * META.DIM + o_c, b_sum, mask=m_c)
-    p_states = (
-        states + (i_slot + 1) * (META.DSTATE * META.DIM) + o_n[:, None] * META.DIM + o_c[None, :]
-    )
-    gl.store(p_states, b_h, mask=(o_n < META.DSTATE)[:, None] & m_c[None, :])
-
-
-@jit(do_not_specialize=SIZES)
 def _carry_kernel(
     A_logs,  # (4 * DIM, DSTATE)
     states,  # (2 if WITH_ADJOINTS, DIRECTIONS, batch, num_chunks, DSTATE, DIM), in place
@@ -159,6 +87,7 @@ def _carry_kernel(
     AHEAD: tl.constexpr,
     DIRECTIONS: tl.constexpr,
     WITH_ADJOINTS: tl.constexpr,
+    FIXED_A: tl.constexpr,
     ACC: tl.constexpr,
     BY_CHANNEL: tl.constexpr,
 ):
@@ -177,8 +106,7 @@ def _carry_kernel(
     o_c = gl.program_id(0) * CHANNELS + arange(CHANNELS, BY_CHANNEL)
     m_c = o_c < DIM
     direction = k + i_row // (num_rows // DIRECTIONS)
-    b_A = gl.load(A_logs + (direction * DIM + o_c) * DSTATE + i_n, mask=m_c, other=0.0).to(ACC)
-    b_A = -exp2(b_A * LOG2_E) * LOG2_E
+    b_A = load_A(A_logs, direction * DIM + o_c, i_n, m_c, FIXED_A, DSTATE, ACC)
     p_states = states + i_set.to(gl.int64) * num_chunks * (DSTATE * DIM) + i_n * DIM + o_c
     p_sums = delta_sums + i_row.to(gl.int64) * num_chunks * DIM + o_c
 
@@ -203,122 +131,6 @@ def _carry_kernel(
             gl.store(p_next, b_h, mask=m_ahead)
 
 
-@jit
-def _walk_chunk(
-    x, x_dbl, y_sum, y, b_h, direction, b_D, o_image, start, count, k, height, width, o_c, buffers,
-    BEGINS: tl.constexpr, META: tl.constexpr,
-):  # fmt: skip
-    """Write y_sum plus the outputs of direction k to y, for `count` positions from `start`."""
-    b_W, b_bias, b_A = direction
-    rs, Bs, Cs = buffers
-    STEPS: tl.constexpr = META.STEPS
-    ROW: tl.constexpr = META.RANK + 2 * META.DSTATE
-    m_c = o_c < META.DIM
-    p_x = x + o_image * META.DIM + o_c
-    p_sum = y_sum + o_image * META.DIM + o_c
-    p_y = y + o_image * META.DIM + o_c
-    p_r = x_dbl + o_image * (4 * ROW) + k * ROW
-    walk = first_pixel(start, k, height, width)
-    o_pixels, walk = next_group(walk, count, STEPS)
-    b_rows = fetch_group(p_r, o_pixels, META)
-    b_xs = fetch_channels(p_x, o_pixels, m_c, META)
-    b_ys = b_xs
-    if not BEGINS:
-        b_ys = fetch_channels(p_sum, o_pixels, m_c, META)
-    for i in range(0, count, STEPS):
-        store_group(buffers, b_rows)
-        o_nexts, walk = next_group(walk, count - i - STEPS, STEPS)
-        b_rows = fetch_group(p_r, o_nexts, META)
-        b_next_xs = fetch_channels(p_x, o_nexts, m_c, META)
-        b_next_ys = b_next_xs
-        if not BEGINS:
-            b_next_ys = fetch_channels(p_sum, o_nexts, m_c, META)
-        for t in gl.static_range(STEPS):
-            b_delta = project_delta(rs.slice(t, 1, 1).load(META.LAYOUT), b_W, b_bias)
-            b_B = Bs.slice(t, 1, 1).load(META.LAYOUT)
-            b_C = Cs.slice(t, 1, 1).load(META.LAYOUT)
-            b_a = exp2(b_A * b_delta[None, :])
-            b_h = b_a * b_h + b_B * (b_delta * b_xs[t])[None, :]
-            b_y = gl.sum(b_C * b_h, axis=0)
-            if BEGINS:
-                b_y += b_D * b_xs[t]
-            else:
-                b_y += b_ys[t]
-            m_t = both(m_c, i + t < count)
-            gl.store(p_y + o_pixels[t] * META.DIM, b_y.to(y.dtype.element_ty), mask=m_t)
-        o_pixels = o_nexts
-        b_xs = b_next_xs
-        b_ys = b_next_ys
-
-
-@jit(do_not_specialize=SIZES)
-def _output_kernel(
-    x,  # (batch, height, width, DIM)
-    x_dbl,  # (batch, height, width, 4, RANK + 2 * DSTATE)
-    dt_projs_weight,  # (4, DIM, RANK)
-    dt_projs_bias,  # (4, DIM)
-    A_logs,  # (4 * DIM, DSTATE)
-    Ds,  # (4 * DIM)
-    states,  # (4, batch, num_chunks, DSTATE, DIM): on entering each chunk
-    y_sum,  # (batch, height, width, DIM), accumulates; may be y
-    y,  # (batch, height, width, DIM), written by the last order
-    height,
-    width,
-    chunk_size,
-    num_chunks,
-    ORDER: tl.constexpr,
-    META: tl.constexpr,  # a `Walk`
-):
-    """Add both directions of one order: 0 along rows, which begins the sum, 1 along columns.
-
-    A program walks its chunk forwards and then back, and each thread keeps to its channel: it
-    adds to what it wrote itself, or to what the launch before wrote, so no atomics are needed.
-    """
-    i_block = gl.program_id(0)
-    i_chunk = gl.program_id(1)
-    i_b = gl.program_id(2).to(gl.int64)
-    length = height * width
-    first = i_chunk * chunk_size
-    count = gl.minimum(chunk_size, length - first)
-
-    o_c, o_n, o_r = channels_states_ranks(i_block, META)
-    m_c = o_c < META.DIM
-    o_image = i_b * length
-    batch = gl.num_programs(2)
-    p_states = states + o_n[:, None] * META.DIM + o_c[None, :]
-    m_nc = (o_n < META.DSTATE)[:, None] & m_c[None, :]
-    b_D = zeros_like(o_c).to(META.ACC)
-    if ORDER == 0:
-        for i in gl.static_range(4):
-            b_D += gl.load(Ds + i * META.DIM + o_c, mask=m_c, other=0.0).to(META.ACC)
-    buffers = row_buffers(META)
-
-    # Forwards.
-    direction = load_direction(dt_projs_weight, dt_projs_bias, A_logs, ORDER, o_c, o_n, o_r, META)
-    o_states = ((ORDER * batch + i_b) * num_chunks + i_chunk) * (META.DSTATE * META.DIM)
-    b_h = gl.load(p_states + o_states, mask=m_nc, other=0.0)  # [N, CH]
-    _walk_chunk(
-        x, x_dbl, y_sum, y_sum, b_h, direction, b_D, o_image, first, count, ORDER, height, width,
-        o_c, buffers, ORDER == 0, META,
-    )  # fmt: skip
-
-    # And back.
-    direction = load_direction(
-        dt_projs_weight, dt_projs_bias, A_logs, ORDER + 2, o_c, o_n, o_r, META
-    )
-    i_slot = ((ORDER + 2) * batch + i_b + 1) * num_chunks - 1 - i_chunk
-    o_states = i_slot * (META.DSTATE * META.DIM)
-    b_h = gl.load(p_states + o_states, mask=m_nc, other=0.0)
-    if ORDER == 0:
-        p_out = y_sum
-    else:
-        p_out = y
-    _walk_chunk(
-        x, x_dbl, y_sum, p_out, b_h, direction, b_D, o_image, length - first - count, count,
-        ORDER + 2, height, width, o_c, buffers, False, META,
-    )  # fmt: skip
-
-
 def _fetch_layout(size: int, num_warps: int):
     lanes = min(8, size)
     return gl.BlockedLayout([size // lanes, 1], [lanes, 32 // lanes], [1, num_warps], [0, 1])
@@ -329,7 +141,9 @@ def _warps(dim: int, most: int) -> int:
 
 
 @functools.lru_cache
-def _walk_options(dim, dstate, rank, acc, most_warps, most_channels, steps) -> tuple[Walk, int]:
+def _walk_options(
+    dim, dstate, rank, acc, most_warps, most_channels, steps, fixed_A=False
+) -> tuple[Walk, int]:
     """The constants of a walking kernel and the number of its warps."""
     per_thread = most_channels if dim % (32 * most_channels) == 0 and acc == tl.float32 else 1
     num_warps = _warps(dim // per_thread, most_warps)
@@ -345,8 +159,8 @@ def _walk_options(dim, dstate, rank, acc, most_warps, most_channels, steps) -> t
             _fetch_layout(padded_dstate, num_warps),
             gl.SwizzledSharedLayout(1, 1, 1, order=[0, 1]),
         )
-    sizes = dim, dstate, rank, 32 * per_thread * num_warps, padded_dstate, padded_rank, steps, acc
-    return Walk(*sizes, *map(tl.constexpr, layouts)), num_warps
+    sizes = dim, dstate, rank, 32 * per_thread * num_warps, padded_dstate, padded_rank, steps
+    return Walk(*sizes, fixed_A, acc, *map(tl.constexpr, layouts)), num_warps
 
 
 @functools.lru_cache
@@ -378,7 +192,7 @@ def _chunks(length: int, programs: int, wanted: int, unit: int) -> tuple[int, in
     return chunk_size, triton.cdiv(length, chunk_size)
 
 
-def _carry(A_logs, states, delta_sums, k, acc):
+def _carry(A_logs, states, delta_sums, k, acc, fixed_A=False):
     directions, batch, num_chunks, dim = delta_sums.shape
     with_adjoints = states.dim() == 6
     layout = None
@@ -387,16 +201,17 @@ def _carry(A_logs, states, delta_sums, k, acc):
     grid = (triton.cdiv(dim, 32), A_logs.shape[1], directions * batch * (1 + with_adjoints))
     _carry_kernel[grid](
         A_logs, states, delta_sums, num_chunks, k, DIM=dim, DSTATE=A_logs.shape[1], CHANNELS=32,
-        AHEAD=CARRY_AHEAD, DIRECTIONS=directions, WITH_ADJOINTS=with_adjoints, ACC=acc,
-        BY_CHANNEL=layout, num_warps=1,
+        AHEAD=CARRY_AHEAD, DIRECTIONS=directions, WITH_ADJOINTS=with_adjoints,
+        FIXED_A=fixed_A, ACC=acc, BY_CHANNEL=layout, num_warps=1,
     )  # fmt: skip
 
 
 def scan_2d_forward(inputs: ScanInputs, fixed_A: bool = False) -> Tensor:
     """Scan x along four orders of its pixels and sum the results in image order.
 
-    Besides the result it allocates the chunk states, a few percent of x, and for a dtype of 16
-    bits a float32 buffer of the shape of x in which the directions are summed.
+    Besides the result it allocates, for few channels, the chunk states, a few percent of x, and for
+    a dtype of 16 bits a buffer of the shape of x in which the directions are summed. For many
+    channels it allocates two of these. They are float32, or float64.
 
     Args:
         inputs: contiguous.
@@ -405,12 +220,20 @@ def scan_2d_forward(inputs: ScanInputs, fixed_A: bool = False) -> Tensor:
     Returns:
         y: (batch, height, width, dim), in the dtype of x. States and sums are float32, or float64.
     """
+    batch, _, _, dim = inputs.x.shape
+    with torch.cuda.device_of(inputs.x):
+        if 4 * batch * dim < ONE_PASS_CHANNELS:
+            return _scan_in_chunks(inputs, fixed_A)
+        return _scan_in_halves(inputs, fixed_A)
+
+
+def _scan_in_chunks(inputs: ScanInputs, fixed_A: bool) -> Tensor:
     x, A_logs = inputs.x, inputs.A_logs
     batch, height, width, dim = x.shape
     dstate, accumulator = inputs.dstate, inputs.dtype
     acc = tl.float64 if accumulator == torch.float64 else tl.float32
     meta, num_warps = _walk_options(
-        dim, dstate, inputs.dt_rank, acc, FORWARD_WARPS, FORWARD_CHANNELS, FORWARD_GROUP
+        dim, dstate, inputs.dt_rank, acc, FORWARD_WARPS, FORWARD_CHANNELS, FORWARD_GROUP, fixed_A
     )
     blocks = triton.cdiv(dim, meta.CHANNELS)
     chunk_size, num_chunks = _chunks(
@@ -421,18 +244,35 @@ def scan_2d_forward(inputs: ScanInputs, fixed_A: bool = False) -> Tensor:
     y = torch.empty_like(x)
     y_sum = y if x.dtype == accumulator else torch.empty_like(x, dtype=accumulator)
     sizes = height, width, chunk_size, num_chunks
-    with torch.cuda.device_of(x):
-        if num_chunks > 1:
-            grid = (blocks * 4, num_chunks - 1, batch)
-            _chunk_state_kernel[grid](
-                *inputs[:5], states, delta_sums, *sizes, META=meta, num_warps=num_warps
-            )
-        _carry(A_logs, states, delta_sums, 0, acc)
-        for order in range(2):
-            _output_kernel[(blocks, num_chunks, batch)](
-                *inputs, states, y_sum, y, *sizes, ORDER=order, META=meta, num_warps=num_warps
-            )
+    options = {"META": meta, "num_warps": num_warps, "maxnreg": FORWARD_REGISTERS}
+    if num_chunks > 1:
+        grid = (blocks * 4, num_chunks - 1, batch)
+        chunk_state_kernel[grid](*inputs[:5], states, delta_sums, *sizes, **options)
+    _carry(A_logs, states, delta_sums, 0, acc, fixed_A)
+    for order in range(2):
+        output_kernel[(blocks, num_chunks, batch)](
+            *inputs, states, y_sum, y, *sizes, ORDER=order, **options
+        )
     return y
+
+
+def _scan_in_halves(inputs: ScanInputs, fixed_A: bool) -> Tensor:
+    x = inputs.x
+    batch, height, width, dim = x.shape
+    dstate, accumulator = inputs.dstate, inputs.dtype
+    acc = tl.float64 if accumulator == torch.float64 else tl.float32
+    meta, num_warps = _walk_options(
+        dim, dstate, inputs.dt_rank, acc, 1, ONE_PASS_CHANNELS_OF_THREAD, ONE_PASS_GROUP, fixed_A
+    )
+    states = x.new_empty(4, batch, dstate, dim, dtype=accumulator)
+    y_parts = x.new_empty(2, *x.shape, dtype=accumulator)
+    grid = (triton.cdiv(dim, meta.CHANNELS) * 4, batch)
+    for is_second in (False, True):
+        half_kernel[grid](
+            *inputs, states, y_parts, height, width, IS_SECOND=is_second, META=meta,
+            num_warps=num_warps,
+        )  # fmt: skip
+    return torch.add(*y_parts, out=torch.empty_like(x))
 
 
 def scan_2d_backward(dy: Tensor, inputs: ScanInputs, fixed_A: bool = False) -> ScanInputs:

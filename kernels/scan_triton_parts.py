@@ -7,6 +7,9 @@ Triton, which has no layouts: `gl` and `jit` are then Triton's own.
 Prefixes: `i_` program index, `o_` offsets, `m_` mask, `p_` pointer, `b_` block value.
 Shapes in trailing comments: N states, CH channels of the program. A is kept times log2(e),
 because the hardware's exponential has base 2.
+
+FIXED_A says that A is -(1, ..., DSTATE) in every channel, as it is before training: all decays of
+a channel are then powers of one, and A is not read.
 """
 
 # Triton compiles no starred tuples.
@@ -100,6 +103,29 @@ def exp2(b_x):
 
 
 @jit
+def exp2_of_minus(b_x):
+    """2^-x. Compilers see no operands of inline assembly: a sign outside of it is a step more."""
+    if INTERPRETED or b_x.dtype == gl.float64:
+        return gl.exp2(-b_x)
+    else:
+        return gl.inline_asm_elementwise(
+            "{ .reg .f32 t; neg.f32 t, $1; ex2.approx.ftz.f32 $0, t; }",
+            "=f,f", [b_x], dtype=gl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@jit
+def _exp2_of_minus_abs(b_x):
+    if INTERPRETED or b_x.dtype == gl.float64:
+        return gl.exp2(-gl.abs(b_x))
+    else:
+        return gl.inline_asm_elementwise(
+            "{ .reg .f32 t; abs.f32 t, $1; neg.f32 t, t; ex2.approx.ftz.f32 $0, t; }",
+            "=f,f", [b_x], dtype=gl.float32, is_pure=True, pack=1,
+        )  # fmt: skip
+
+
+@jit
 def _reciprocal(b_x):
     if INTERPRETED:
         return 1.0 / b_x
@@ -110,23 +136,33 @@ def _reciprocal(b_x):
 
 
 @jit
-def softplus(b_z):
-    """log(1 + exp(z)), with the relative accuracy of the dtype where exp(z) is tiny, too."""
-    b_u = exp2(-gl.abs(b_z) * LOG2_E)
-    if b_z.dtype == gl.float64:
+def _log_of_one_plus(b_u, SCALE: tl.constexpr):
+    """SCALE log(1 + u) for u from 0 to 1, with the relative accuracy of the dtype."""
+    if b_u.dtype == gl.float64:
         b_v = 1.0 + b_u
         # The second term is what rounding 1 + u lost.
-        b_log = gl.log(b_v) + (b_u - (b_v - 1.0)) / b_v
-        return gl.where(b_z > 20.0, b_z, gl.maximum(b_z, 0.0) + b_log)
+        return (gl.log(b_v) + (b_u - (b_v - 1.0)) / b_v) * SCALE
     else:
         # log(1 + u) = 2 atanh(u / (2 + u)); the polynomial has a relative error of 4e-9.
         b_s = b_u * _reciprocal(b_u + 2.0)
         b_q = b_s * b_s
-        b_p = b_q * 0.28174657 + 0.27961419
-        b_p = b_q * b_p + 0.40024854
-        b_p = b_q * b_p + 0.66666316
-        b_p = b_q * b_p + 2.0
-        return gl.maximum(b_z, 0.0) + b_s * b_p
+        b_p = b_q * (0.28174657 * SCALE) + 0.27961419 * SCALE
+        b_p = b_q * b_p + 0.40024854 * SCALE
+        b_p = b_q * b_p + 0.66666316 * SCALE
+        b_p = b_q * b_p + 2.0 * SCALE
+        return b_s * b_p
+
+
+@jit
+def softplus(b_z):
+    """log(1 + exp(z)), with the relative accuracy of the dtype where exp(z) is tiny, too."""
+    return gl.maximum(b_z, 0.0) + _log_of_one_plus(_exp2_of_minus_abs(b_z * LOG2_E), 1.0)
+
+
+@jit
+def softplus_in_bits(b_z):
+    """log2(1 + 2^z), which is log2(e) softplus(z ln(2)), as accurate as `softplus`."""
+    return gl.maximum(b_z, 0.0) + _log_of_one_plus(_exp2_of_minus_abs(b_z), LOG2_E)
 
 
 @jit
@@ -181,6 +217,7 @@ class Walk(NamedTuple):
     PADDED_DSTATE: int  # a power of 2, like all sizes of blocks
     PADDED_RANK: int
     STEPS: int  # positions of which the inputs are fetched together
+    FIXED_A: bool
     ACC: tl.dtype  # of states and sums
     LAYOUT: object  # [N, CH]
     BY_STATE: object  # [N], as it lies in LAYOUT
@@ -260,6 +297,42 @@ def fetch_channels(p_channels, o_pixels, m_c, META: tl.constexpr):
 
 
 @jit
+def load_A(A_logs, o_kc, o_n, mask, FIXED_A: tl.constexpr, DSTATE: tl.constexpr, ACC: tl.constexpr):
+    """A log2(e) of the states o_n of rows o_kc of A_logs, which broadcast to the result."""
+    if FIXED_A:
+        # Numbers that the compiler knows, where it knows the states that a thread owns.
+        return -LOG2_E * (o_n + 1 + zeros_like(o_kc)).to(ACC)
+    else:
+        b_A = gl.load(A_logs + o_kc * DSTATE + o_n, mask=mask, other=0.0).to(ACC)
+        return -exp2(b_A * LOG2_E) * LOG2_E
+
+
+@jit
+def powers(b_first, b_r, o_n, PADDED_DSTATE: tl.constexpr):
+    """b_first r^n of the states o_n, which broadcasts with the others to the shape.
+
+    By squaring. Where a thread owns all states, the choices below are made when the kernel is
+    compiled: one product is left for each state, none for the first, in no longer chain than 4.
+    """
+    b_a = gl.where(o_n >= 0, b_first, 0.0)
+    for i in gl.static_range(16):
+        if (1 << i) < PADDED_DSTATE:
+            b_a = b_a * gl.where((o_n >> i) % 2 == 1, b_r, 1.0)
+            b_r = b_r * b_r
+    return b_a
+
+
+@jit
+def decays(b_delta, b_A, o_n, FIXED_A: tl.constexpr, PADDED_DSTATE: tl.constexpr):
+    """exp(delta A) of the states o_n, where o_n and delta broadcast to the shape."""
+    if FIXED_A:
+        b_r = exp2_of_minus(b_delta * LOG2_E)
+        return powers(b_r, b_r, o_n, PADDED_DSTATE)
+    else:
+        return exp2(b_A * b_delta)
+
+
+@jit
 def load_direction(dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r, META: tl.constexpr):
     """The parameters of direction k: W (R, CH), bias (CH), A log2(e) (N, CH)."""
     m_c = o_c < META.DIM
@@ -267,9 +340,9 @@ def load_direction(dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r, MET
     p_W = dt_projs_weight + o_kc[None, :] * META.RANK + o_r[:, None]
     b_W = gl.load(p_W, mask=(o_r < META.RANK)[:, None] & m_c[None, :], other=0.0).to(META.ACC)
     b_bias = gl.load(dt_projs_bias + o_kc, mask=m_c, other=0.0).to(META.ACC)
-    p_A = A_logs + o_kc[None, :] * META.DSTATE + o_n[:, None]
-    b_A = gl.load(p_A, mask=(o_n < META.DSTATE)[:, None] & m_c[None, :], other=0.0).to(META.ACC)
-    return b_W, b_bias, -exp2(b_A * LOG2_E) * LOG2_E
+    m_nc = (o_n < META.DSTATE)[:, None] & m_c[None, :]
+    b_A = load_A(A_logs, o_kc[None, :], o_n[:, None], m_nc, META.FIXED_A, META.DSTATE, META.ACC)
+    return b_W, b_bias, b_A
 
 
 @jit

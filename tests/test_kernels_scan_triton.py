@@ -43,7 +43,7 @@ def scan(monkeypatch):
 
     # Chunks of 4 forward; backward two chunks or less, of subchunks of two tiles of 2.
     small = {"SHORTEST_CHUNK": 4, "FORWARD_GROUP": 2, "BACKWARD_PROGRAMS": 2, "ADJOINT_GROUP": 2}
-    small |= {"SUBCHUNK": 4, "TILE": 2, "CARRY_AHEAD": 2}
+    small |= {"ONE_PASS_GROUP": 2, "SUBCHUNK": 4, "TILE": 2, "CARRY_AHEAD": 2}
     for name, value in small.items():
         monkeypatch.setattr(triton_scan, name, value)
     return triton_scan
@@ -96,6 +96,37 @@ def test_matches_the_reference(scan, shape):
     check(scan, *make_inputs(shape))
 
 
+def check_forward(scan, shape, dtype=torch.float32):
+    """With A as it comes, and where it is promised to be -(1, ..., dstate)."""
+    inputs, dy = make_inputs(shape, dtype)
+    forward_tolerance, _ = TOLERANCE[dtype]
+    y, _ = expected(inputs, dy)
+    assert error(scan.scan_2d_forward(inputs), y) < forward_tolerance
+    A_logs = torch.arange(1, inputs.dstate + 1).to(inputs.A_logs).log().expand_as(inputs.A_logs)
+    y, _ = expected(inputs._replace(A_logs=A_logs), dy)
+    # The promise is enough: A_logs may then hold anything.
+    inputs = inputs._replace(A_logs=torch.full_like(inputs.A_logs, torch.nan))
+    assert error(scan.scan_2d_forward(inputs, fixed_A=True), y) < forward_tolerance
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fixed_A(scan, shape):
+    check_forward(scan, shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward_in_one_pass(scan, monkeypatch, shape):
+    """Many channels are scanned without chunks."""
+    monkeypatch.setattr(scan, "ONE_PASS_CHANNELS", 0)
+    check_forward(scan, shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_dtypes_in_one_pass(scan, monkeypatch, dtype):
+    monkeypatch.setattr(scan, "ONE_PASS_CHANNELS", 0)
+    check_forward(scan, (1, 2, 3, 32, 4), dtype)
+
+
 def test_directions_one_by_one(scan, monkeypatch):
     """Large maps are differentiated one direction after the other, all summed in one buffer."""
     monkeypatch.setattr(scan, "SMALL_MAP", 0)
@@ -124,6 +155,8 @@ def test_same_bits_each_time():
     from kernels import scan_triton as scan
 
     inputs, dy = make_inputs((2, 61, 67, 512, 16))
+    many, _ = make_inputs((24, 13, 17, 128, 16))  # channels enough for one pass
+    assert torch.equal(scan.scan_2d_forward(many), scan.scan_2d_forward(many))
     first = scan.scan_2d_forward(inputs), *scan.scan_2d_backward(dy, inputs)
     for _ in range(5):
         again = scan.scan_2d_forward(inputs), *scan.scan_2d_backward(dy, inputs)
