@@ -43,7 +43,7 @@ def scan(monkeypatch):
 
     # Chunks of 4 forward; backward two chunks or less, of subchunks of two tiles of 2.
     small = {"SHORTEST_CHUNK": 4, "FORWARD_GROUP": 2, "BACKWARD_PROGRAMS": 2, "ADJOINT_GROUP": 2}
-    small |= {"SUBCHUNK": 4, "TILE": 2, "CARRY_AHEAD": 2}
+    small |= {"SUBCHUNK": 4, "TILE": 2, "CARRY_AHEAD": 2, "STRIP_PROGRAMS": 8, "STRIP_UNIT": 4}
     for name, value in small.items():
         monkeypatch.setattr(triton_scan, name, value)
     return triton_scan
@@ -101,9 +101,13 @@ def test_fixed_A(scan, shape):
     """The promise that A is -(1, ..., dstate) is enough: A_logs may then hold anything."""
     inputs, dy = make_inputs(shape)
     A_logs = torch.arange(1, inputs.dstate + 1, device=DEVICE).log().expand_as(inputs.A_logs)
-    y, _ = expected(inputs._replace(A_logs=A_logs), dy)
-    result = scan.scan_2d_forward(inputs._replace(A_logs=torch.full_like(A_logs, torch.nan)), True)
-    assert error(result, y) < TOLERANCE[dy.dtype][0]
+    y, gradients = expected(inputs._replace(A_logs=A_logs), dy)
+    inputs = inputs._replace(A_logs=torch.full_like(A_logs, torch.nan))
+    assert error(scan.scan_2d_forward(inputs, True), y) < TOLERANCE[dy.dtype][0]
+    results = scan.scan_2d_backward(dy, inputs, True)
+    for name, result, truth in zip(ScanInputs._fields, results, gradients, strict=True):
+        if name != "A_logs":
+            assert error(result, truth) < TOLERANCE[dy.dtype][1], name
 
 
 def test_directions_one_by_one(scan, monkeypatch):
