@@ -80,7 +80,7 @@ PROJECTION_CHANNELS = 32
 # The backward walks where A is fixed: channels of a thread, where the number of channels is a
 # multiple of 32 times as many, positions fetched together, programs per launch, shortest chunk.
 STRIP_CHANNELS = 4
-STRIP_GROUP = 2
+STRIP_GROUP = 1
 STRIP_PROGRAMS = 1584
 STRIP_UNIT = 16
 
@@ -390,9 +390,7 @@ def _strip_options(dim, dstate, rank, acc, most_channels, steps) -> Strip:
     if not INTERPRETED.value:
         layout = gl.BlockedLayout([N, 1, channels], [1, 32, 1], [1, 1, 1], [2, 0, 1])
         n_lanes = min(32, N)
-        t_lanes = min(steps, 32 // n_lanes)
-        rest = 32 // (n_lanes * t_lanes)
-        sums = gl.BlockedLayout([1, 1, 32 // rest], [t_lanes, n_lanes, rest], [1, 1, 1], [2, 1, 0])
+        sums = gl.BlockedLayout([1, n_lanes], [n_lanes, 32 // n_lanes], [1, 1], [1, 0])
         by_channel = gl.SliceLayout(0, layout)
         by_lane = gl.SliceLayout(2, layout)
         layouts = (
@@ -403,8 +401,8 @@ def _strip_options(dim, dstate, rank, acc, most_channels, steps) -> Strip:
             _fetch_layout(N, 1),
             gl.SwizzledSharedLayout(1, 1, 1, order=[0, 1]),
             sums,
-            gl.SliceLayout(2, sums),
-            gl.SwizzledSharedLayout(4, 1, 8, order=[2, 1, 0]),
+            gl.SliceLayout(1, sums),
+            gl.SwizzledSharedLayout(4, 1, 8, order=[1, 0]),
         )
     return Strip(dim, dstate, rank, channels, N, steps, acc, *map(tl.constexpr, layouts))
 

@@ -54,8 +54,8 @@ class Strip(NamedTuple):
     BY_CHANNEL: object  # [L, CH], as it lies in LAYOUT
     FETCH_N: object  # [N, STEPS]
     SHARED: object  # of the same in shared memory
-    SUMS: object  # [STEPS, N, L], in which a thread owns many lanes of few states
-    BY_SUM: object  # [STEPS, N], as it lies in SUMS
+    SUMS: object  # [N, L], in which a thread owns many lanes of few states
+    BY_SUM: object  # [N], as it lies in SUMS
     SHARED_SUMS: object  # of the same in shared memory
 
 
@@ -84,21 +84,60 @@ def _fetch_group(pointers, o_pixels, m_c, META: tl.constexpr):
 
 
 @jit
-def _store_sums(sums, p_sums, o_pixels, num_left, META: tl.constexpr):
-    """Add the lanes, and write what the STEPS positions of a group have come to."""
-    STEPS: tl.constexpr = META.STEPS
-    b_sums = gl.sum(sums.load(META.SUMS), axis=2)  # [STEPS, N]
+def _halves_of_states(b_x):
+    shape: tl.constexpr = b_x.shape
+    b_x = gl.reshape(b_x, [2, shape[0] // 2, shape[1], shape[2]])
+    return gl.split(gl.permute(b_x, [1, 2, 3, 0]))
+
+
+@jit
+def _halve(b_xs, LEVEL: tl.constexpr):
+    NUMBER: tl.constexpr = 1 << LEVEL
+    b_halves = ()
+    for j in gl.static_range(NUMBER):
+        b_halves = b_halves + _halves_of_states(b_xs[j])
+    return b_halves
+
+
+@jit
+def _each(b_x, NUMBER: tl.constexpr):
+    """The NUMBER slices of [NUMBER, L, CH], a power of 2, in bit-reversed order."""
+    b_xs = (b_x,)
+    for i in gl.static_range(16):
+        if (1 << i) < NUMBER:
+            b_xs = _halve(b_xs, i)
+    return b_xs
+
+
+@jit
+def _sum_over_states(b_x, b_y, META: tl.constexpr):
+    """sum_n x y, x [N, L, CH] and y broadcast to it: [L, CH], by one multiply-add for each state.
+
+    A sum of products would be a tree, half of whose additions come on top.
+    """
+    N: tl.constexpr = META.PADDED_DSTATE
+    b_x, b_y = gl.broadcast(b_x, b_y)
+    b_xs = _each(b_x, N)
+    b_ys = _each(b_y, N)
+    b_sum = b_xs[0] * b_ys[0]
+    for j in gl.static_range(1, N):
+        b_sum = b_xs[j] * b_ys[j] + b_sum
+    b_sum = gl.reshape(b_sum, [32, META.CHANNELS])
     if INTERPRETED:
-        o_t = gl.arange(0, STEPS)
-        o_n = gl.arange(0, META.PADDED_DSTATE)
+        return b_sum
     else:
-        o_t = gl.arange(0, STEPS, layout=gl.SliceLayout(1, META.BY_SUM))
-        o_n = gl.arange(0, META.PADDED_DSTATE, layout=gl.SliceLayout(0, META.BY_SUM))
-    o_pixel = zeros_like(o_t).to(gl.int64)
+        return gl.convert_layout(b_sum, META.BY_CHANNEL)
+
+
+@jit
+def _store_sums(sums, p_sums, o_pixels, num_left, META: tl.constexpr):
+    """Add the lanes, and write what each of the STEPS positions of a group has come to."""
+    STEPS: tl.constexpr = META.STEPS
+    o_n = arange(META.PADDED_DSTATE, META.BY_SUM)
     for t in gl.static_range(STEPS):
-        o_pixel = gl.where(o_t == t, o_pixels[t], o_pixel)
-    mask = (o_t < num_left)[:, None] & (o_n < META.DSTATE)[None, :]
-    gl.store(p_sums + o_pixel[:, None] * (2 * META.DSTATE) + o_n[None, :], b_sums, mask=mask)
+        b_sum = gl.sum(sums.index(t).load(META.SUMS), axis=1)
+        p_sum = p_sums + o_pixels[t] * (2 * META.DSTATE) + o_n
+        gl.store(p_sum, b_sum, mask=both(o_n < META.DSTATE, t < num_left))
 
 
 @jit(do_not_specialize=SIZES)
@@ -166,7 +205,7 @@ def state_walk_kernel(
             b_a = decays(b_delta[None, :, :], 0.0, o_n[:, None, None], True, META.PADDED_DSTATE)
             b_ah = b_a * b_h
             b_h = b_ah + b_B * (b_delta * b_xs[t])[None, :, :]
-            b_recalled = b_dys[t] * gl.sum(b_ah * (b_C * b_weights), axis=0)
+            b_recalled = b_dys[t] * _sum_over_states(b_ah, b_C * b_weights, META)
             m_t = both(m_c, i + t < count)
             gl.store(p_recalled + o_pixels[t] * DIM, b_recalled, mask=m_t)
             sums.index(t).store(gl.sum(b_h * b_dys[t][None, :, :], axis=2))
@@ -274,10 +313,10 @@ def adjoint_walk_kernel(
             b_x = b_xs[t]
             b_delta = b_deltas[t]
             b_u = b_delta * b_x
-            b_e += b_recalls[t] - b_u * gl.sum(b_ag * (b_B * b_weights), axis=0)
+            b_e += b_recalls[t] - b_u * _sum_over_states(b_ag, b_B * b_weights, META)
             b_e = gl.where(b_delta < FORGETS, b_e, 0.0)
             b_g = b_ag + b_C * b_dys[t][None, :, :]
-            b_gB = gl.sum(b_g * b_B, axis=0)
+            b_gB = _sum_over_states(b_g, b_B, META)
             sums.index(t).store(gl.sum(b_g * b_u[None, :, :], axis=2))
             b_a = decays(b_delta[None, :, :], 0.0, o_n[:, None, None], True, META.PADDED_DSTATE)
             b_ag = b_g * b_a
