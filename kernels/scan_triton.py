@@ -75,12 +75,14 @@ TILE = 4
 SWEEP_FETCH = 1
 CARRY_AHEAD = 8
 PROJECTION_PIXELS = 64
-PROJECTION_CHANNELS = 32
+PROJECTION_CHANNELS = 64
 
 # The backward walks where A is fixed: channels of a thread, where the number of channels is a
-# multiple of 32 times as many, positions fetched together, programs per launch, shortest chunk.
+# multiple of 32 times as many, and positions fetched together. As many registers as let 12
+# programs run on a multiprocessor: memory limits these walks, and needs many of them in flight.
 STRIP_CHANNELS = 4
 STRIP_GROUP = 1
+STRIP_REGISTERS = 168
 STRIP_PROGRAMS = 1584
 STRIP_UNIT = 16
 
@@ -556,11 +558,11 @@ def scan_2d_backward(dy: Tensor, inputs: ScanInputs, fixed_A: bool = False) -> S
             if fixed_A:
                 state_walk_kernel[grid](
                     dy, x, x_dbl, delta, states[0], walked, dBC_parts, *sizes, k,
-                    DIRECTIONS=directions, META=strip, num_warps=1,
+                    DIRECTIONS=directions, META=strip, num_warps=1, maxnreg=STRIP_REGISTERS,
                 )  # fmt: skip
                 adjoint_walk_kernel[grid](
                     dy, x, x_dbl, Ds, delta, *states, walked, dx_sum, dx, dBC_parts, *sizes, k,
-                    DIRECTIONS=directions, **ends, META=strip, num_warps=1,
+                    DIRECTIONS=directions, **ends, META=strip, num_warps=1, maxnreg=STRIP_REGISTERS,
                 )  # fmt: skip
             else:
                 sweep_kernel[grid](
