@@ -43,6 +43,7 @@ from kernels.scan_triton_parts import (
     load_A,
     zeros_like,
 )
+from kernels.scan_triton_walks import Strip, adjoint_walk_kernel, state_walk_kernel
 
 # Programs per launch, a whole number of waves on the 132 multiprocessors of a Hopper GPU. They
 # are constants, not read from the device, so that the same input gives the same bits on any.
@@ -71,7 +72,16 @@ TILE = 4
 SWEEP_FETCH = 1
 CARRY_AHEAD = 8
 PROJECTION_PIXELS = 64
-PROJECTION_CHANNELS = 32
+PROJECTION_CHANNELS = 64
+
+# The backward walks where A is fixed: channels of a thread, where the number of channels is a
+# multiple of 32 times as many, and positions fetched together. As many registers as let 12
+# programs run on a multiprocessor: memory limits these walks, and needs many of them in flight.
+STRIP_CHANNELS = 4
+STRIP_GROUP = 1
+STRIP_REGISTERS = 168
+STRIP_PROGRAMS = 1584
+STRIP_UNIT = 16
 
 
 @jit(do_not_specialize=SIZES)
@@ -185,6 +195,31 @@ def _sweep_options(dim, dstate, rank, acc, substeps, steps, fetch) -> Sweep:
     return Sweep(*sizes, *map(tl.constexpr, layouts))
 
 
+@functools.lru_cache
+def _strip_options(dim, dstate, rank, acc, most_channels, steps) -> Strip:
+    channels = next((c for c in (4, 2) if c <= most_channels and dim % (32 * c) == 0), 1)
+    N = triton.next_power_of_2(dstate)
+    layouts = [None] * 9
+    if not INTERPRETED.value:
+        layout = gl.BlockedLayout([N, 1, channels], [1, 32, 1], [1, 1, 1], [2, 0, 1])
+        n_lanes = min(32, N)
+        sums = gl.BlockedLayout([1, n_lanes], [n_lanes, 32 // n_lanes], [1, 1], [1, 0])
+        by_channel = gl.SliceLayout(0, layout)
+        by_lane = gl.SliceLayout(2, layout)
+        layouts = (
+            layout,
+            gl.SliceLayout(1, by_lane),
+            by_lane,
+            by_channel,
+            _fetch_layout(N, 1),
+            gl.SwizzledSharedLayout(1, 1, 1, order=[0, 1]),
+            sums,
+            gl.SliceLayout(1, sums),
+            gl.SwizzledSharedLayout(4, 1, 8, order=[1, 0]),
+        )
+    return Strip(dim, dstate, rank, channels, N, steps, acc, *map(tl.constexpr, layouts))
+
+
 def _chunks(length: int, programs: int, wanted: int, unit: int) -> tuple[int, int]:
     """Size and number of chunks, a multiple of `unit`, for about `wanted` programs in all."""
     chunk_size = triton.cdiv(length, max(1, wanted // programs))
@@ -280,27 +315,39 @@ def scan_2d_backward(dy: Tensor, inputs: ScanInputs, fixed_A: bool = False) -> S
 
     Directions are taken one after the other, but together on small maps. Besides the results it
     allocates, in float32 and at a state size of 16, about 2.7 times x: delta, two thirds of x for
-    states, and the partial sums of the gradients by B and C.
+    states, and the partial sums of the gradients by B and C. With A fixed, the same for one more
+    map in place of the states, and a quarter to a half of the partial sums.
 
     Args:
         dy: (batch, height, width, dim), contiguous, in the dtype of x.
-        inputs, fixed_A: as in `scan_2d_forward`.
+        inputs: as in `scan_2d_forward`.
+        fixed_A: as there; the gradient by A_logs is then an empty tensor. Maps in float64 gain
+            nothing by it.
     """
     x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds = inputs
     batch, height, width, dim = x.shape
     length = height * width
     dstate, rank, accumulator = inputs.dstate, inputs.dt_rank, inputs.dtype
     acc = tl.float64 if accumulator == torch.float64 else tl.float32
+    wants_dA = not fixed_A
+    fixed_A = fixed_A and acc == tl.float32
     walk, num_warps = _walk_options(
-        dim, dstate, rank, acc, ADJOINT_WARPS, ADJOINT_CHANNELS, ADJOINT_GROUP
+        dim, dstate, rank, acc, ADJOINT_WARPS, ADJOINT_CHANNELS, ADJOINT_GROUP, fixed_A
     )
-    sweep = _sweep_options(dim, dstate, rank, acc, SUBCHUNK, TILE, SWEEP_FETCH)
     # On a small map launches take longer than the work: one for all directions.
     directions = 4 if x.numel() <= SMALL_MAP else 1
     blocks = triton.cdiv(dim, walk.CHANNELS)
-    chunk_size, num_chunks = _chunks(length, blocks * batch, BACKWARD_PROGRAMS, SUBCHUNK)
-    num_subchunks = chunk_size // SUBCHUNK
-    sweep_blocks = triton.cdiv(dim, 32)
+    if fixed_A:
+        strip = _strip_options(dim, dstate, rank, acc, STRIP_CHANNELS, STRIP_GROUP)
+        num_parts = triton.cdiv(dim, 32 * strip.CHANNELS)
+        programs = num_parts * batch * directions
+        chunk_size, num_chunks = _chunks(length, programs, STRIP_PROGRAMS, STRIP_UNIT)
+        num_subchunks = 0
+    else:
+        sweep = _sweep_options(dim, dstate, rank, acc, SUBCHUNK, TILE, SWEEP_FETCH)
+        num_parts = triton.cdiv(dim, 32)
+        chunk_size, num_chunks = _chunks(length, blocks * batch, BACKWARD_PROGRAMS, SUBCHUNK)
+        num_subchunks = chunk_size // SUBCHUNK
     pixels, channels = PROJECTION_PIXELS, PROJECTION_CHANNELS
     if accumulator == torch.float64:
         pixels, channels = 16, 16
@@ -312,15 +359,18 @@ def scan_2d_backward(dy: Tensor, inputs: ScanInputs, fixed_A: bool = False) -> S
     delta = buffer(directions, batch, height, width, dim)
     states = buffer(2, directions, batch, num_chunks, dstate, dim)
     delta_sums = buffer(directions, batch, num_chunks, dim)
-    # The partial sums of dW come when the inner states are done with.
-    inner_shape = directions, batch, num_chunks, num_subchunks, dstate, dim
+    # The partial sums of dW come when what the walks hand over is done with.
+    if fixed_A:
+        walked_shape = delta.shape
+    else:
+        walked_shape = directions, batch, num_chunks, num_subchunks, dstate, dim
     dW_shape = directions, num_tiles, dim, rank
-    scratch = buffer(max(math.prod(inner_shape), math.prod(dW_shape)))
-    inner_states = scratch[: math.prod(inner_shape)]
+    scratch = buffer(max(math.prod(walked_shape), math.prod(dW_shape)))
+    walked = scratch[: math.prod(walked_shape)]
     dW_parts = scratch[: math.prod(dW_shape)].view(dW_shape)
     inner_sums = buffer(directions, batch, num_chunks, num_subchunks, dim)
-    dBC_parts = buffer(sweep_blocks, directions, batch, length, 2 * dstate)
-    dA_parts = buffer(directions, batch * num_chunks, dstate, dim)
+    dBC_parts = buffer(num_parts, directions, batch, length, 2 * dstate)
+    dA_parts = buffer(directions, batch * num_chunks, 0 if fixed_A else dstate, dim)
     dD_parts = buffer(batch * num_chunks, dim)
     dbias_parts = buffer(directions, num_tiles, dim)
     dx = torch.empty_like(x)
@@ -330,34 +380,48 @@ def scan_2d_backward(dy: Tensor, inputs: ScanInputs, fixed_A: bool = False) -> S
     dx_dbl = torch.empty_like(x_dbl)
     dW = torch.empty_like(dt_projs_weight)
     dbias = torch.empty_like(dt_projs_bias)
-    dA_logs = torch.empty_like(A_logs)
+    dA_logs = torch.empty_like(A_logs) if wants_dA else A_logs.new_empty(0)
 
-    sizes = height, width, chunk_size, num_chunks, num_subchunks
+    sizes = height, width, chunk_size, num_chunks
+    grid = num_parts, num_chunks, directions * batch
     with torch.cuda.device_of(x):
         for k in range(0, 4, directions):
             adjoint_state_kernel[(blocks, num_chunks, directions * batch)](
-                dy, *inputs[:5], delta, *states, delta_sums, inner_states, inner_sums, dD_parts,
-                *sizes, k, DIRECTIONS=directions, SUBSTEPS=SUBCHUNK, WITH_DD=k == 0, META=walk,
+                dy, *inputs[:5], delta, *states, delta_sums, walked, inner_sums, dD_parts,
+                *sizes, num_subchunks, k, DIRECTIONS=directions,
+                SUBSTEPS=0 if fixed_A else SUBCHUNK, WITH_DD=k == 0, META=walk,
                 num_warps=num_warps,
             )  # fmt: skip
-            _carry(A_logs, states, delta_sums, k, acc)
-            sweep_kernel[(sweep_blocks, num_chunks, directions * batch)](
-                dy, x, x_dbl, A_logs, Ds, delta, *states, inner_states, inner_sums, dx_sum, dx,
-                dBC_parts, dA_parts, *sizes, k, DIRECTIONS=directions,
-                BEGINS=k == 0, ENDS=directions == 1 and k == 3, META=sweep, num_warps=1,
-            )  # fmt: skip
+            _carry(A_logs, states, delta_sums, k, acc, fixed_A)
+            ends = {"BEGINS": k == 0, "ENDS": directions == 1 and k == 3}
+            if fixed_A:
+                state_walk_kernel[grid](
+                    dy, x, x_dbl, delta, states[0], walked, dBC_parts, *sizes, k,
+                    DIRECTIONS=directions, META=strip, num_warps=1, maxnreg=STRIP_REGISTERS,
+                )  # fmt: skip
+                adjoint_walk_kernel[grid](
+                    dy, x, x_dbl, Ds, delta, *states, walked, dx_sum, dx, dBC_parts, *sizes, k,
+                    DIRECTIONS=directions, **ends, META=strip, num_warps=1, maxnreg=STRIP_REGISTERS,
+                )  # fmt: skip
+            else:
+                sweep_kernel[grid](
+                    dy, x, x_dbl, A_logs, Ds, delta, *states, walked, inner_sums, dx_sum, dx,
+                    dBC_parts, dA_parts, *sizes, num_subchunks, k, DIRECTIONS=directions, **ends,
+                    META=sweep, num_warps=1,
+                )  # fmt: skip
             projection_kernel[(num_tiles, directions)](
-                delta, x_dbl, dt_projs_weight, dt_projs_bias, dBC_parts, dx_dbl, dW_parts,
-                dbias_parts, batch * length, k, DIM=dim, DSTATE=dstate, RANK=rank,
+                delta, x_dbl, dt_projs_weight, dBC_parts, dx_dbl, dW_parts, dbias_parts,
+                batch * length, k, DIM=dim, DSTATE=dstate, RANK=rank,
                 CHANNELS=channels, PADDED_DSTATE=walk.PADDED_DSTATE,
-                PADDED_RANK=max(16, walk.PADDED_RANK), PIXELS=pixels, NUM_PARTS=sweep_blocks,
+                PADDED_RANK=max(16, walk.PADDED_RANK), PIXELS=pixels, NUM_PARTS=num_parts,
                 ACC=acc, num_warps=4,
             )  # fmt: skip
             done = slice(k, k + directions)
             torch.sum(dW_parts, 1, out=dW[done])
             torch.sum(dbias_parts, 1, out=dbias[done])
-            dA = dA_parts.sum(1).transpose(1, 2)
-            dA_logs.view(4, dim, dstate)[done] = dA
+            if wants_dA:
+                dA = dA_parts.sum(1).transpose(1, 2)
+                dA_logs.view(4, dim, dstate)[done] = dA
         if directions > 1:
             torch.sum(dx_sum, 0, out=dx, dtype=x.dtype)
     dDs = dD_parts.sum(0).repeat(4)

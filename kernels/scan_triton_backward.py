@@ -22,17 +22,20 @@ from kernels.scan_triton_parts import (
     arange,
     both,
     channels_states_ranks,
+    decays,
     exp2,
     fetch_channels,
     fetch_group,
     first_pixel,
     gl,
+    grid,
     jit,
     load_direction,
     next_group,
     next_pixel,
     project_delta,
     row_buffers,
+    sigmoid_of,
     store_group,
     zeros_like,
 )
@@ -108,7 +111,7 @@ def adjoint_state_kernel(
     b_xs = fetch_channels(p_x, o_pixels, m_c, META)
     b_dys = fetch_channels(p_dy, o_pixels, m_c, META)
     for i in range(0, count, STEPS):
-        if i % SUBSTEPS == 0:
+        if SUBSTEPS > 0 and i % SUBSTEPS == 0:
             i_inner = i_slot * num_subchunks + i // SUBSTEPS
             gl.store(inner_states + i_inner * (META.DSTATE * META.DIM) + o_nc, b_h, mask=m_nc)
             gl.store(inner_sums + i_inner * META.DIM + o_c, b_sum, mask=m_c)
@@ -125,7 +128,7 @@ def adjoint_state_kernel(
             b_dy = gl.where(is_inside, b_dys[t], 0.0)
             b_B = Bs.slice(t, 1, 1).load(META.LAYOUT)
             b_C = Cs.slice(t, 1, 1).load(META.LAYOUT)
-            b_a = exp2(b_A * b_delta[None, :])
+            b_a = decays(b_delta[None, :], b_A, o_n[:, None], META.FIXED_A, META.PADDED_DSTATE)
             b_h = b_a * b_h + b_B * (b_delta * b_xs[t])[None, :]
             b_P = b_P * b_a
             b_G = b_P * (b_C * b_dy[None, :]) + b_G
@@ -145,18 +148,6 @@ def adjoint_state_kernel(
     if WITH_DD:
         # D skips the scan: its gradient comes with direction 0, the same for all.
         gl.store(dD_parts + i_slot * META.DIM + o_c, b_dD, mask=both(m_c, k == 0))
-
-
-@jit
-def _grid(ROWS: tl.constexpr, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr):
-    """Element (i, j) is i COLUMNS + j."""
-    if INTERPRETED:
-        o_i = gl.arange(0, ROWS)
-        o_j = gl.arange(0, COLUMNS)
-    else:
-        o_i = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-        o_j = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
-    return o_i[:, None] * COLUMNS + o_j[None, :]
 
 
 @jit
@@ -314,7 +305,7 @@ def sweep_kernel(
     x_dbl,  # (batch, height, width, 4, RANK + 2 * DSTATE)
     A_logs,  # (4 * DIM, DSTATE)
     Ds,  # (4 * DIM)
-    delta,  # (DIRECTIONS, batch, height, width, DIM), replaced by the gradient of the loss by delta
+    delta,  # (DIRECTIONS, batch, height, width, DIM), replaced by the gradient by z = softplus^-1
     states,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM): on entering each chunk
     adjoints,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM): on entering each chunk from behind
     inner_states,  # (DIRECTIONS, batch, num_chunks, num_subchunks, DSTATE, DIM)
@@ -375,8 +366,8 @@ def sweep_kernel(
     start = i_chunk * chunk_size
     end = gl.minimum(start + chunk_size, length)
 
-    o_n = _grid(4, S, BY_STATE)
-    o_c = i_block * 32 + _grid(8, 4, BY_CHANNEL)
+    o_n = grid(4, S, BY_STATE)
+    o_c = i_block * 32 + grid(8, 4, BY_CHANNEL)
     o_nc = o_n[:, :, None, None] * DIM + o_c[None, None, :, :]
     m_nc = (o_n < DSTATE)[:, :, None, None] & (o_c < DIM)[None, None, :, :]
     # The sums over lanes ask every element for its i, in the shape (4, 8, 4), and j, in (4, S, 8).
@@ -386,7 +377,7 @@ def sweep_kernel(
     b_A = -exp2(gl.load(p_A, mask=m_nc, other=0.0).to(ACC) * LOG2_E) * LOG2_E
 
     # Inputs and results are read and written with one channel, or one number of B or C, to a lane.
-    o_lane = i_block * 32 + _grid(8, 4, LANES)
+    o_lane = i_block * 32 + grid(8, 4, LANES)
     m_c = o_lane < DIM
     o_image = i_b * length * DIM
     p_x = x + o_image + o_lane
@@ -394,7 +385,7 @@ def sweep_kernel(
     p_delta = delta + i_row * length * DIM + o_lane
     p_dx_sum = dx_sum + i_row * length * DIM + o_lane
     p_dx = dx + o_image + o_lane
-    o_BC = _grid(8, S, LANES)
+    o_BC = grid(8, S, LANES)
     m_BC = o_BC % (4 * S) < DSTATE
     o_BC = o_BC // (4 * S) * DSTATE + o_BC % (4 * S)
     p_BC = x_dbl + i_b * length * (4 * ROW) + k * ROW + META.RANK + o_BC
@@ -406,7 +397,7 @@ def sweep_kernel(
             b_D += gl.load(Ds + i * DIM + o_lane, mask=both(m_c, k == 0), other=0.0).to(ACC)
 
     # Where a lane writes its sums over channels: the table's last row.
-    o_ji = _grid(8, 4, LANES)
+    o_ji = grid(8, 4, LANES)
     o_s = o_ji // 8 % 2 * (S // 2) + o_ji // 4 % 2 * (S // 4)
     o_s = o_s[:, :, None] + arange(META.REST, META.BY_REST)[None, None, :]  # (8, 4, REST)
     o_sum = (o_ji % 4 * S)[:, :, None] + o_s
@@ -504,8 +495,9 @@ def sweep_kernel(
 
                 b_gB = _sum_over_states(b_gB, o_i, LANES)  # (8, 4)
                 b_ghA = _sum_over_states(b_ghA, o_i, LANES)
+                b_delta = deltas.index(row).load(LANES)
                 b_ddelta = b_gB * xs.index(row).load(LANES) + b_ghA * LN_2
-                b_dx = b_dxs[STEPS - 1 - t] + b_gB * deltas.index(row).load(LANES)
+                b_dx = b_dxs[STEPS - 1 - t] + b_gB * b_delta
                 b_dBC = _sum_over_channels(b_dB, b_dC, o_j, META.BY_SUM)  # (8, 4, REST)
                 is_inside = position - (STEPS - 1 - t) < end
                 o_pixel = o_pixels[STEPS - 1 - t]
@@ -514,7 +506,7 @@ def sweep_kernel(
                     gl.store(p_dx + o_pixel * DIM, b_dx.to(dx.dtype.element_ty), mask=m_t)
                 else:
                     gl.store(p_dx_sum + o_pixel * DIM, b_dx, mask=m_t)
-                gl.store(p_delta + o_pixel * DIM, b_ddelta, mask=m_t)
+                gl.store(p_delta + o_pixel * DIM, b_ddelta * sigmoid_of(b_delta), mask=m_t)
                 gl.store(p_dBC + o_pixel * (2 * DSTATE) + o_sum, b_dBC, mask=both(m_sum, is_inside))
                 if t % FETCH == 0:
                     _store_tile(buffers, b_tile, row + FETCH - 1, FETCH)
@@ -525,10 +517,9 @@ def sweep_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def projection_kernel(
-    ddelta,  # (DIRECTIONS, num_rows, DIM)
+    dz,  # (DIRECTIONS, num_rows, DIM)
     x_dbl,  # (num_rows, 4, RANK + 2 * DSTATE)
     dt_projs_weight,  # (4, DIM, RANK)
-    dt_projs_bias,  # (4, DIM)
     dBC_parts,  # (NUM_PARTS, DIRECTIONS, num_rows, 2 * DSTATE)
     dx_dbl,  # (num_rows, 4, RANK + 2 * DSTATE)
     dW_parts,  # (DIRECTIONS, programs, DIM, RANK)
@@ -545,7 +536,7 @@ def projection_kernel(
     NUM_PARTS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Back through softplus and the projection of delta, and the gradient of one row of x_dbl."""
+    """Back through z = W r + bias, the projection of delta, to the gradient of a row of x_dbl."""
     ROW: tl.constexpr = RANK + 2 * DSTATE
     i_p = tl.program_id(0)
     i_k = tl.program_id(1)
@@ -560,15 +551,11 @@ def projection_kernel(
     for i in range(0, DIM, CHANNELS):
         o_c = i + tl.arange(0, CHANNELS)
         m_c = o_c < DIM
-        o_kc = k * DIM + o_c
         m_cr = m_c[:, None] & (o_r < RANK)[None, :]
-        p_W = dt_projs_weight + o_kc[:, None] * RANK + o_r[None, :]
+        p_W = dt_projs_weight + (k * DIM + o_c)[:, None] * RANK + o_r[None, :]
         b_W = tl.load(p_W, mask=m_cr, other=0.0).to(ACC)  # [CH, R]
-        b_bias = tl.load(dt_projs_bias + o_kc, mask=m_c, other=0.0).to(ACC)
-        p_ddelta = ddelta + (i_k * num_rows.to(tl.int64) + o_p[:, None]) * DIM + o_c[None, :]
-        b_ddelta = tl.load(p_ddelta, mask=m_p[:, None] & m_c[None, :], other=0.0)
-        b_z = _dot(b_r, tl.trans(b_W)) + b_bias[None, :]
-        b_dz = b_ddelta / (1.0 + tl.exp(-b_z))  # [PIXELS, CH]
+        p_dz = dz + (i_k * num_rows.to(tl.int64) + o_p[:, None]) * DIM + o_c[None, :]
+        b_dz = tl.load(p_dz, mask=m_p[:, None] & m_c[None, :], other=0.0)  # [PIXELS, CH]
         b_dr += _dot(b_dz, b_W)
         o_part = (i_k * tl.num_programs(0) + i_p).to(tl.int64) * DIM + o_c
         b_dW = _dot(tl.trans(b_dz), b_r)

@@ -80,6 +80,18 @@ def arange(size: tl.constexpr, layout: tl.constexpr):
 
 
 @jit
+def grid(ROWS: tl.constexpr, COLUMNS: tl.constexpr, LAYOUT: tl.constexpr):
+    """Element (i, j) is i COLUMNS + j."""
+    if INTERPRETED:
+        o_i = gl.arange(0, ROWS)
+        o_j = gl.arange(0, COLUMNS)
+    else:
+        o_i = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+        o_j = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
+    return o_i[:, None] * COLUMNS + o_j[None, :]
+
+
+@jit
 def zeros_like(b_x):
     return b_x * 0
 
@@ -166,6 +178,22 @@ def softplus_in_bits(b_z):
 
 
 @jit
+def sigmoid_of(b_delta):
+    """sigmoid(z) = 1 - exp(-delta), given delta = softplus(z), with the accuracy of the dtype."""
+    b_u = exp2(b_delta * -LOG2_E)
+    if b_delta.dtype == gl.float64:
+        # What rounding u did to 1 - u it did to log(u), too.
+        b_quotient = (1.0 - b_u) * b_delta / -gl.log(gl.where(b_u == 1.0, 0.5, b_u))
+        return gl.where(b_u == 1.0, b_delta, gl.where(b_delta > 1.0, 1.0 - b_u, b_quotient))
+    else:
+        b_p = b_delta * (1 / 120) - 1 / 24
+        b_p = b_delta * b_p + 1 / 6
+        b_p = b_delta * b_p - 0.5
+        b_p = b_delta * b_p + 1.0
+        return gl.where(b_delta < 0.125, b_delta * b_p, 1.0 - b_u)
+
+
+@jit
 def first_pixel(position, k, height, width):
     """A walk: where direction k reads at `position` of its order, and what leads on from there.
 
@@ -246,12 +274,12 @@ def row_buffers(META: tl.constexpr):
 @jit
 def fetch_group(p_r, o_pixels, META: tl.constexpr):
     """r, B and C at the pixels of a group: `p_r` points to r of pixel 0 in x_dbl."""
-    b_rs = _fetch_rows(p_r, o_pixels, META.RANK, META.PADDED_RANK, META.FETCH_R, META)
-    b_Bs = _fetch_rows(
+    b_rs = fetch_rows(p_r, o_pixels, META.RANK, META.PADDED_RANK, META.FETCH_R, META)
+    b_Bs = fetch_rows(
         p_r + META.RANK, o_pixels, META.DSTATE, META.PADDED_DSTATE, META.FETCH_N, META
     )
     o_C: tl.constexpr = META.RANK + META.DSTATE
-    b_Cs = _fetch_rows(p_r + o_C, o_pixels, META.DSTATE, META.PADDED_DSTATE, META.FETCH_N, META)
+    b_Cs = fetch_rows(p_r + o_C, o_pixels, META.DSTATE, META.PADDED_DSTATE, META.FETCH_N, META)
     return b_rs, b_Bs, b_Cs
 
 
@@ -262,7 +290,7 @@ def store_group(buffers, b_rows):
 
 
 @jit
-def _fetch_rows(
+def fetch_rows(
     p_rows, o_pixels, SIZE: tl.constexpr, PADDED: tl.constexpr, LAYOUT: tl.constexpr,
     META: tl.constexpr,
 ):  # fmt: skip

@@ -44,6 +44,7 @@ def scan(monkeypatch):
     # Chunks of 4 forward; backward two chunks or less, of subchunks of two tiles of 2.
     small = {"SHORTEST_CHUNK": 4, "FORWARD_GROUP": 2, "BACKWARD_PROGRAMS": 2, "ADJOINT_GROUP": 2}
     small |= {"ONE_PASS_GROUP": 2, "SUBCHUNK": 4, "TILE": 2, "CARRY_AHEAD": 2}
+    small |= {"STRIP_PROGRAMS": 8, "STRIP_UNIT": 4}
     for name, value in small.items():
         monkeypatch.setattr(triton_scan, name, value)
     return triton_scan
@@ -112,6 +113,16 @@ def check_forward(scan, shape, dtype=torch.float32):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_fixed_A(scan, shape):
     check_forward(scan, shape)
+    inputs, dy = make_inputs(shape)
+    A_logs = torch.arange(1, inputs.dstate + 1, device=DEVICE).log().expand_as(inputs.A_logs)
+    _, gradients = expected(inputs._replace(A_logs=A_logs), dy)
+    inputs = inputs._replace(A_logs=torch.full_like(A_logs, torch.nan))
+    results = scan.scan_2d_backward(dy, inputs, True)
+    for name, result, truth in zip(ScanInputs._fields, results, gradients, strict=True):
+        if name == "A_logs":
+            assert result.shape == (0,)
+        else:
+            assert error(result, truth) < TOLERANCE[dy.dtype][1], name
 
 
 @pytest.mark.parametrize("shape", SHAPES)
