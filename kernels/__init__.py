@@ -2,13 +2,14 @@
 
 from kernels.backends import available_backends, use_backend
 from kernels.conv_silu import depthwise_conv_silu
-from kernels.norm_gate import norm_gate
+from kernels.norm_gate import layer_norm, norm_gate
 from kernels.project import project
 from kernels.scan import selective_scan_2d
 
 __all__ = [
     "available_backends",
     "depthwise_conv_silu",
+    "layer_norm",
     "norm_gate",
     "project",
     "selective_scan_2d",

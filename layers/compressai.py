@@ -69,7 +69,6 @@ from compressai.layers import AttentionBlock, conv1x1
 from compressai.losses import RateDistortionLoss
 from compressai.models import CompressionModel
 from compressai.models.utils import conv, deconv, remap_old_keys
-from compressai.ops import quantize_ste
 from compressai.registry import register_model
 
 __all__ = [
@@ -82,7 +81,6 @@ __all__ = [
     "conv",
     "conv1x1",
     "deconv",
-    "quantize_ste",
     "register_model",
     "remap_old_keys",
 ]
