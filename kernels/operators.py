@@ -1,22 +1,26 @@
 """What the operators of this folder have in common beside their kernels."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
-def make_differentiable(name: str) -> None:
+def _contiguous_like(x: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def make_differentiable(name: str, result: Callable[..., Tensor] = _contiguous_like) -> None:
     """Let ``torch.ops.mambavc.<name>`` differentiate by ``<name>_backward``.
 
-    The first takes tensors, then perhaps numbers; its result is like the first tensor. The second
-    takes the gradient by that result, then the same, and returns the gradients by the tensors. It
-    recomputes what it needs: only the inputs are kept between the passes. The compiler gets to
-    know the shapes of both.
+    The first takes tensors, then perhaps numbers; its result is as ``result`` makes it from these,
+    by default like the first tensor. The second takes the gradient by that result, then the same,
+    and returns the gradients by the tensors. It recomputes what it needs: only the inputs are kept
+    between the passes. The compiler gets to know the shapes of both.
     """
     forward, backward = f"mambavc::{name}", f"mambavc::{name}_backward"
 
-    @torch.library.register_fake(forward)
-    def result(x, *others):
-        return _contiguous_like(x)
+    torch.library.register_fake(forward, result)
 
     @torch.library.register_fake(backward)
     def gradients(dout, *inputs):
@@ -37,7 +41,3 @@ def make_differentiable(name: str) -> None:
 
     torch.library.register_autograd(forward, differentiate, setup_context=save_inputs)
     torch.library.register_autograd(backward, refuse)
-
-
-def _contiguous_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -6,7 +6,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .compressai import AttentionBlock, conv1x1
+import kernels
+
+from .compressai import conv1x1, conv3x3
+from .conv_chain import ConvChain
 from .drop_path import DropPath
 from .layer_norm import LayerNorm
 
@@ -66,6 +69,9 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, height, width, dim) to the same shape."""
+        if kernels.fuses_window_attention(x, self.window_size):
+            qkv = self.embedding_layer(x)
+            return self.linear(kernels.window_attention(qkv, self.position_bias(), self.shift))
         height, width = x.shape[1:3]
         p = self.window_size
         is_padded = height % p > 0 or width % p > 0
@@ -127,8 +133,29 @@ class SwinBlock(nn.Module):
         return (x + self.drop_path(self.mlp(self.ln2(x)))).permute(0, 3, 1, 2)
 
 
-class SwinAttentionBlock(AttentionBlock):
-    """CompressAI's attention block with Swin blocks before its mask (Liu et al., arXiv:2303.14978).
+class _ResidualUnit(nn.Module):
+    """``ReLU(x + convolutions(x))``, at half the width inside."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = ConvChain(
+            conv1x1(dim, dim // 2),
+            nn.ReLU(inplace=True),
+            conv3x3(dim // 2, dim // 2),
+            nn.ReLU(inplace=True),
+            conv1x1(dim // 2, dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, dim, height, width) to the same shape."""
+        if kernels.fuses_convolutions(x):
+            return self.conv.fused(x, last="relu", residual=True)
+        return F.relu_(self.conv(x) + x)
+
+
+class SwinAttentionBlock(nn.Module):
+    """Attention block (Cheng et al., arXiv:2001.01568) with Swin blocks before its mask
+    (Liu et al., arXiv:2303.14978).
 
     A 1x1 convolution reduces the input to ``hidden_dim`` channels; the trunk ``conv_a`` is gated
     by the sigmoid of ``conv_b`` applied to the output of two Swin blocks, of which the second has
@@ -141,7 +168,11 @@ class SwinAttentionBlock(AttentionBlock):
     """
 
     def __init__(self, dim: int, hidden_dim: int, head_dim: int, window_size: int):
-        super().__init__(hidden_dim)
+        super().__init__()
+        self.conv_a = nn.Sequential(*[_ResidualUnit(hidden_dim) for _ in range(3)])
+        self.conv_b = nn.Sequential(
+            *[_ResidualUnit(hidden_dim) for _ in range(3)], conv1x1(hidden_dim, hidden_dim)
+        )
         self.in_conv = conv1x1(dim, hidden_dim)
         self.non_local_block = nn.Sequential()
         for name, shift in (("block_1", 0), ("block_2", window_size // 2)):
