@@ -45,7 +45,7 @@ def _taps_pixels(o_p, m_p, tap, height, width, SIDE: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["pixels", "height", "width"])
-def _conv_kernel(
+def _chain_kernel(
     x,  # (pixels, in_channels)
     weight,  # with strides of output channel, input channel and tap
     bias,  # (channels,) or None
@@ -93,7 +93,7 @@ def _conv_kernel(
     if residual is not None:
         b_out += tl.load(residual + o_out, mask=m_out, other=0.0).to(tl.float32)
     if ACTIVATION == "relu":
-        b_out = tl.maximum(b_out, 0.0)
+        b_out = tl.where(b_out < 0.0, 0.0, b_out)  # what is not a number stays so
     elif ACTIVATION == "gelu":
         tl.store(gate + o_out, b_out.to(gate.dtype.element_ty), mask=m_out)
         b_out = _gelu(b_out)
@@ -105,7 +105,7 @@ def _conv_kernel(
 
 
 @triton.jit(do_not_specialize=["pixels", "height", "width", "share"])
-def _conv_grad_kernel(
+def _chain_grad_kernel(
     dout,  # (pixels, channels)
     x,  # (pixels, in_channels)
     dweight,  # (splits, row), out: from here on (channels, taps, in_channels)
@@ -175,7 +175,7 @@ def _convolve(
     if triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c) < MULTIPROCESSORS:
         block_p, block_c = 32, min(32, block_c)
     with torch.cuda.device_of(x):
-        _conv_kernel[(triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c),)](
+        _chain_kernel[(triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c),)](
             x, weight, bias, residual, gate, out, pixels, height, width, in_channels, channels,
             *strides, SIDE=weight.shape[-1], MIRRORED=mirrored, ACTIVATION=activation,
             BLOCK_P=block_p, BLOCK_C=block_c,
@@ -256,7 +256,7 @@ def conv_backward_parameters(
     parts = sums.split(sizes, dim=1)
     for i, ((dout, x), weight) in enumerate(zip(pairs, weights, strict=True)):
         with torch.cuda.device_of(x):
-            _conv_grad_kernel[(tiles[i], splits)](
+            _chain_grad_kernel[(tiles[i], splits)](
                 dout, x, parts[2 * i], parts[2 * i + 1], row, pixels, height, width,
                 weight.shape[1], weight.shape[0], share, SIDE=weight.shape[-1],
                 BLOCK_C=block_c, BLOCK_IN=block_in, BLOCK_P=block_p,
