@@ -30,6 +30,7 @@ from training import data, state
 from training.distributed import Processes
 from training.log import Measured, RunLog
 from training.optim import fix_A, lr_factor, make_optimizers
+from training.precision import LowPrecision
 from utils import DataError, number, positive_int
 
 logger = logging.getLogger("mambavc")
@@ -165,6 +166,7 @@ class Step:
         self.net_parameters = [p for group in groups for p in group["params"]]
         self.captured_shape: torch.Size | None = None
         self.net = self.processes.wrap(self.model, average=not self.graphs)
+        self.forward = LowPrecision(self.net) if self.amp else self.net
 
     def __call__(self, batches: Sequence[Tensor], stop: threading.Event | None = None) -> Measured:
         """Take a step on the mean loss of batches, unless it is not finite.
@@ -203,7 +205,7 @@ class Step:
         alone = nullcontext() if last or self.net is self.model else self.net.no_sync()
         with alone:
             with amp, self.processes.global_draws():
-                output = self.net(x)
+                output = self.forward(x)
             output["x_hat"] = output["x_hat"].float()
             terms = self.criterion(output, x)
             loss = terms["loss"] / parts

@@ -90,6 +90,20 @@ def runs_stage_kernels(device_type: str) -> bool:
     return _meaning_of_auto() != "reference" and _why_not("triton", device_type) is None
 
 
+def half_precision(x: Tensor) -> torch.dtype | None:
+    """The half precision that layers compute in for x, its own or autocast's, if kernels run there.
+
+    None where they do not, and for what PyTorch is to compute to the last bit as it always has:
+    maps in float32 without autocast, and in float64.
+    """
+    dtype, device_type = x.dtype, x.device.type
+    if dtype == torch.float32 and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    if dtype in (torch.bfloat16, torch.float16) and runs_stage_kernels(device_type):
+        return dtype
+    return None
+
+
 def runs_onednn(x: Tensor) -> bool:
     """Whether the products with a map go to oneDNN, as convolutions with kernels of 1x1."""
     return _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32

@@ -241,6 +241,6 @@ def conv_silu_backward(
             maxnreg=None if x.dtype == torch.float64 else GRAD_REGISTERS,
         )  # fmt: skip
     dx = _launch(dpre, weight, bias, transposed=True)
-    sums = partial.sum(0)
-    dweight = sums[:9].t().to(weight.dtype).reshape(weight.shape).contiguous()
-    return dx, dweight, sums[9].to(bias.dtype, copy=True)
+    dweight = torch.empty(dim, 9, dtype=sum_dtype, device=x.device)
+    torch.sum(partial[:, :9].transpose(1, 2), 0, out=dweight)
+    return dx, dweight.view(weight.shape).to(weight.dtype), partial[:, 9].sum(0).to(bias.dtype)

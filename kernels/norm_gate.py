@@ -1,4 +1,4 @@
-"""LayerNorm times a gate: the stage after the scan, as one operator."""
+"""LayerNorm times a gate: the stage after the scan, as one operator; and LayerNorm alone."""
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,25 @@ def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 1
     return _formula(y, z, weight, bias, eps)
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """LayerNorm over the last axis of a map in half precision, which autocast would make float32.
+
+    As `torch.nn.functional.layer_norm`, but for x in bfloat16 or float16: statistics are float32,
+    parameters of any floating dtype, and the result has x's dtype. Differentiable once.
+
+    Args:
+        x: (..., dim), of any floating dtype.
+        weight, bias: (dim,).
+        eps: added to the variance.
+    """
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return F.layer_norm(x, weight.shape, weight, bias, eps)
+    if x.numel() > 0 and backends.runs_stage_kernels(x.device.type):
+        return _norm_operator(x.contiguous(), weight.contiguous(), bias.contiguous(), eps)
+    with torch.autocast(x.device.type, enabled=False):
+        return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+
+
 def _formula(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     dtype = torch.promote_types(y.dtype, torch.float32)
     with torch.autocast(y.device.type, enabled=False):  # it would change the precision
@@ -67,4 +86,22 @@ def _backward_operator(
     return norm_gate_backward(dout, y, z, weight, bias, eps)
 
 
+@torch.library.custom_op("mambavc::layer_norm", mutates_args=())
+def _norm_operator(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    from kernels.norm_gate_triton import norm_gate_forward
+
+    return norm_gate_forward(x, None, weight, bias, eps)
+
+
+@torch.library.custom_op("mambavc::layer_norm_backward", mutates_args=())
+def _norm_backward_operator(
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from kernels.norm_gate_triton import norm_gate_backward
+
+    dx, _, dweight, dbias = norm_gate_backward(dout, x, None, weight, bias, eps)
+    return dx, dweight, dbias
+
+
 make_differentiable("norm_gate")
+make_differentiable("layer_norm")

@@ -1,4 +1,4 @@
-"""Triton kernels of LayerNorm(y) * SiLU(z) over the last axis.
+"""Triton kernels of LayerNorm(y) * SiLU(z) over the last axis, and of LayerNorm(y) alone.
 
 Bound by memory traffic: a row stays in the registers of one warp (of a few if it is long), so each
 map is read once and each result written once. The backward kernel forms the statistics again.
@@ -37,7 +37,7 @@ def _normalise(b_y, m_c, dim, EPS: tl.constexpr):
 @triton.jit(do_not_specialize=["rows"])
 def _norm_gate_kernel(
     y,  # (rows, dim)
-    z,  # (rows, dim)
+    z,  # (rows, dim), or None: no gate
     weight,  # (dim,)
     bias,  # (dim,)
     out,  # (rows, dim)
@@ -59,9 +59,11 @@ def _norm_gate_kernel(
         m_x = (i * BLOCK_R + o_r < rows)[:, None] & m_c[None, :]
         o_tile = i * (BLOCK_R * tl.cast(dim, tl.int64))
         b_y = tl.load(y + o_tile + o_x, mask=m_x, other=0.0).to(ACC)
-        b_z = tl.load(z + o_tile + o_x, mask=m_x, other=0.0).to(ACC)
         b_n, _ = _normalise(b_y, m_c, dim, EPS)
-        b_out = (b_n * b_w + b_bias) * (b_z * _sigmoid(b_z))
+        b_out = b_n * b_w + b_bias
+        if z is not None:
+            b_z = tl.load(z + o_tile + o_x, mask=m_x, other=0.0).to(ACC)
+            b_out *= b_z * _sigmoid(b_z)
         tl.store(out + o_tile + o_x, b_out.to(out.dtype.element_ty), mask=m_x)
 
 
@@ -69,12 +71,12 @@ def _norm_gate_kernel(
 def _norm_gate_grad_kernel(
     dout,  # (rows, dim)
     y,  # (rows, dim)
-    z,  # (rows, dim)
+    z,  # (rows, dim), or None: no gate
     weight,  # (dim,)
     bias,  # (dim,)
     dy,  # (rows, dim), out
-    dz,  # (rows, dim), out
-    partial,  # (programs, 2, dim), out: gradients of weight and bias
+    dz,  # (rows, dim), out; None with z
+    partial,  # (2, programs, dim), out: gradients of weight and bias
     rows,
     dim,
     EPS: tl.constexpr,
@@ -95,13 +97,14 @@ def _norm_gate_grad_kernel(
         m_x = (i * BLOCK_R + o_r < rows)[:, None] & m_c[None, :]
         o_tile = i * (BLOCK_R * tl.cast(dim, tl.int64))
         b_y = tl.load(y + o_tile + o_x, mask=m_x, other=0.0).to(ACC)
-        b_z = tl.load(z + o_tile + o_x, mask=m_x, other=0.0).to(ACC)
-        b_dout = tl.load(dout + o_tile + o_x, mask=m_x, other=0.0).to(ACC)
+        b_dt = tl.load(dout + o_tile + o_x, mask=m_x, other=0.0).to(ACC)
         b_n, b_rstd = _normalise(b_y, m_c, dim, EPS)
-        b_gate = _sigmoid(b_z)
-        b_dz = b_dout * (b_n * b_w + b_bias) * (b_gate * (1.0 + b_z * (1.0 - b_gate)))
-        tl.store(dz + o_tile + o_x, b_dz.to(dz.dtype.element_ty), mask=m_x)
-        b_dt = b_dout * (b_z * b_gate)
+        if z is not None:
+            b_z = tl.load(z + o_tile + o_x, mask=m_x, other=0.0).to(ACC)
+            b_gate = _sigmoid(b_z)
+            b_dz = b_dt * (b_n * b_w + b_bias) * (b_gate * (1.0 + b_z * (1.0 - b_gate)))
+            tl.store(dz + o_tile + o_x, b_dz.to(dz.dtype.element_ty), mask=m_x)
+            b_dt *= b_z * b_gate
         b_dw += b_dt * b_n
         b_dbias += b_dt
         b_dn = b_dt * b_w
@@ -109,9 +112,10 @@ def _norm_gate_grad_kernel(
         b_slope = (tl.sum(b_dn * b_n, 1) / dim)[:, None]
         b_dy = b_rstd * (b_dn - b_mean - b_n * b_slope)
         tl.store(dy + o_tile + o_x, b_dy.to(dy.dtype.element_ty), mask=m_x)
-    p_out = partial + tl.program_id(0).to(tl.int64) * 2 * dim + o_c
+    p_out = partial + tl.program_id(0).to(tl.int64) * dim + o_c
     tl.store(p_out, tl.sum(b_dw, 0), mask=m_c)
-    tl.store(p_out + dim, tl.sum(b_dbias, 0), mask=m_c)
+    o_bias = tl.num_programs(0).to(tl.int64) * dim
+    tl.store(p_out + o_bias, tl.sum(b_dbias, 0), mask=m_c)
 
 
 def _grid(y: Tensor):
@@ -128,8 +132,10 @@ def _grid(y: Tensor):
     return rows, triton.cdiv(rows, block_r), block
 
 
-def norm_gate_forward(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm(y) * SiLU(z) over the last axis of contiguous maps."""
+def norm_gate_forward(
+    y: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
+    """LayerNorm(y) * SiLU(z), or LayerNorm(y), over the last axis of contiguous maps."""
     out = torch.empty_like(y)
     rows, tiles, block = _grid(y)
     with torch.cuda.device_of(y):
@@ -140,20 +146,19 @@ def norm_gate_forward(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: f
 
 
 def norm_gate_backward(
-    dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dout: Tensor, y: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Gradients of y, z, weight and bias; all inputs contiguous."""
     dim = y.shape[-1]
-    dy, dz = torch.empty_like(y), torch.empty_like(z)
+    dy, dz = torch.empty_like(y), None if z is None else torch.empty_like(z)
     rows, tiles, block = _grid(y)
     programs = min(triton.cdiv(tiles, GRAD_TILES), GRAD_PROGRAMS)
     sum_dtype = torch.promote_types(y.dtype, torch.float32)
-    partial = torch.empty(programs, 2, dim, dtype=sum_dtype, device=y.device)
+    partial = torch.empty(2, programs, dim, dtype=sum_dtype, device=y.device)
     with torch.cuda.device_of(y):
         _norm_gate_grad_kernel[(programs,)](
             dout, y, z, weight, bias, dy, dz, partial, rows, dim,
             EPS=eps, **block,
         )  # fmt: skip
-    sums = partial.sum(0)
-    # Copies, because an operator's results may not share memory.
-    return dy, dz, sums[0].to(weight.dtype, copy=True), sums[1].to(bias.dtype, copy=True)
+    sums = partial[0].sum(0), partial[1].sum(0)
+    return dy, dz, sums[0].to(weight.dtype), sums[1].to(bias.dtype)

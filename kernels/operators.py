@@ -6,25 +6,29 @@ import torch
 from torch import Tensor
 
 
+def _contiguous_like(x: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def make_differentiable(
-    name: str, without_gradient: Callable[..., Collection[int]] = lambda *numbers: ()
+    name: str,
+    result: Callable[..., Tensor] = _contiguous_like,
+    without_gradient: Callable[..., Collection[int]] = lambda *numbers: (),
 ) -> None:
     """Let ``torch.ops.mambavc.<name>`` differentiate by ``<name>_backward``.
 
-    The first takes tensors, then perhaps numbers; its result is like the first tensor. The second
-    takes the gradient by that result, then the same, and returns the gradients by the tensors. It
-    recomputes what it needs: only the inputs are kept between the passes. The compiler gets to
-    know the shapes of both.
+    The first takes tensors, then perhaps numbers. The second takes the gradient by its result, then
+    the same, and returns the gradients by the tensors. It recomputes what it needs: only the inputs
+    are kept between the passes. The compiler gets to know the shapes of both.
 
     Args:
+        result: makes the result's like from the arguments; by default it is like the first.
         without_gradient: tells from the numbers which tensors, by place, have no gradient; the
             second operator returns empty tensors, of shape (0,), for these.
     """
     forward, backward = f"mambavc::{name}", f"mambavc::{name}_backward"
 
-    @torch.library.register_fake(forward)
-    def result(x, *others):
-        return _contiguous_like(x)
+    torch.library.register_fake(forward, result)
 
     @torch.library.register_fake(backward)
     def gradients(dout, *inputs):
@@ -52,7 +56,3 @@ def make_differentiable(
 
     torch.library.register_autograd(forward, differentiate, setup_context=save_inputs)
     torch.library.register_autograd(backward, refuse)
-
-
-def _contiguous_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)

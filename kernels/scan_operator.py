@@ -63,7 +63,7 @@ def _without_gradient(fixed_A: bool) -> tuple[int, ...]:
     return (ScanInputs._fields.index("A_logs"),) if fixed_A else ()
 
 
-make_differentiable("scan_2d", _without_gradient)
+make_differentiable("scan_2d", without_gradient=_without_gradient)
 
 
 def scan_macs(batch: int, height: int, width: int, dim: int, dstate: int, dt_rank: int) -> int:

@@ -65,15 +65,13 @@ with warnings.catch_warnings():
     import_without("compressai", UNUSED)
 
 from compressai.entropy_models import EntropyBottleneck, EntropyModel, GaussianConditional
-from compressai.layers import AttentionBlock, conv1x1
+from compressai.layers import conv1x1, conv3x3
 from compressai.losses import RateDistortionLoss
 from compressai.models import CompressionModel
 from compressai.models.utils import conv, deconv, remap_old_keys
-from compressai.ops import quantize_ste
 from compressai.registry import register_model
 
 __all__ = [
-    "AttentionBlock",
     "CompressionModel",
     "EntropyBottleneck",
     "EntropyModel",
@@ -81,8 +79,8 @@ __all__ = [
     "RateDistortionLoss",
     "conv",
     "conv1x1",
+    "conv3x3",
     "deconv",
-    "quantize_ste",
     "register_model",
     "remap_old_keys",
 ]

@@ -6,14 +6,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .compressai import AttentionBlock, conv1x1
+import kernels
+
+from .compressai import conv1x1, conv3x3
+from .conv_chain import ConvChain
 from .drop_path import DropPath
-
-
-def _relative_positions(window_size: int) -> Tensor:
-    """Offsets between all pairs of pixels of a window, shifted to be >= 0: (p*p, p*p, 2)."""
-    positions = torch.cartesian_prod(*[torch.arange(window_size)] * 2)  # (p*p, 2)
-    return positions[:, None] - positions[None, :] + window_size - 1
+from .layer_norm import LayerNorm
 
 
 def _hidden_pairs(window_size: int, shift: int) -> Tensor:
@@ -58,16 +56,27 @@ class WindowAttention(nn.Module):
         )
         nn.init.trunc_normal_(self.relative_position_params, std=0.02)
         self.linear = nn.Linear(dim, dim)
-        offsets = _relative_positions(window_size)
-        self.register_buffer("_rows", offsets[..., 0], persistent=False)
-        self.register_buffer("_columns", offsets[..., 1], persistent=False)
         self.register_buffer("_hidden", _hidden_pairs(window_size, shift), persistent=False)
+
+    def position_bias(self) -> Tensor:
+        """What is added to the logits of each pair of pixels of a window: (heads, p*p, p*p)."""
+        p = self.window_size
+        # Entry i - j + p - 1 of an axis belongs to pixels i and j: windows on the parameters
+        # hold them in rising order of i and falling order of j. Unlike those of an indexed
+        # tensor, their gradients are summed without sorting.
+        windows = self.relative_position_params.unfold(1, p, 1).unfold(2, p, 1)
+        return windows.flip(-2, -1).reshape(self.num_heads, p * p, p * p)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, height, width, dim) to the same shape."""
+        if kernels.fuses_window_attention(x, self.window_size):
+            qkv = self.embedding_layer(x)
+            return self.linear(kernels.window_attention(qkv, self.position_bias(), self.shift))
         height, width = x.shape[1:3]
         p = self.window_size
-        x = F.pad(x, (0, 0, 0, -width % p, 0, -height % p))
+        is_padded = height % p > 0 or width % p > 0
+        if is_padded:
+            x = F.pad(x, (0, 0, 0, -width % p, 0, -height % p))
         rows, columns = x.shape[1] // p, x.shape[2] // p
         if self.shift:
             x = x.roll((-self.shift, -self.shift), dims=(1, 2))
@@ -76,7 +85,7 @@ class WindowAttention(nn.Module):
         q, k, v = rearrange(
             self.embedding_layer(x), "b w n (s h d) -> s (b w) h n d", s=3, h=self.num_heads
         )
-        bias = self.relative_position_params[:, self._rows, self._columns]  # (heads, p*p, p*p)
+        bias = self.position_bias()
         if self.shift:
             bias = bias.masked_fill(self._hidden[:, :, None], -torch.inf)  # (2, 2, heads, ...)
             # All rows and columns of windows but the last get the bias of those that do not wrap.
@@ -90,7 +99,7 @@ class WindowAttention(nn.Module):
 
         if self.shift:
             x = x.roll((self.shift, self.shift), dims=(1, 2))
-        return x[:, :height, :width]
+        return x[:, :height, :width] if is_padded else x
 
 
 class SwinBlock(nn.Module):
@@ -112,10 +121,10 @@ class SwinBlock(nn.Module):
         drop_path: float = 0.0,
     ):
         super().__init__()
-        self.ln1 = nn.LayerNorm(dim)
+        self.ln1 = LayerNorm(dim)
         self.msa = WindowAttention(dim, head_dim, window_size, shift)
         self.drop_path = DropPath(drop_path)
-        self.ln2 = nn.LayerNorm(dim)
+        self.ln2 = LayerNorm(dim)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -124,8 +133,29 @@ class SwinBlock(nn.Module):
         return (x + self.drop_path(self.mlp(self.ln2(x)))).permute(0, 3, 1, 2)
 
 
-class SwinAttentionBlock(AttentionBlock):
-    """CompressAI's attention block with Swin blocks before its mask (Liu et al., arXiv:2303.14978).
+class _ResidualUnit(nn.Module):
+    """``ReLU(x + convolutions(x))``, at half the width inside."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = ConvChain(
+            conv1x1(dim, dim // 2),
+            nn.ReLU(inplace=True),
+            conv3x3(dim // 2, dim // 2),
+            nn.ReLU(inplace=True),
+            conv1x1(dim // 2, dim),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, dim, height, width) to the same shape."""
+        if kernels.fuses_convolutions(x):
+            return self.conv.fused(x, last="relu", residual=True)
+        return F.relu_(self.conv(x) + x)
+
+
+class SwinAttentionBlock(nn.Module):
+    """Attention block (Cheng et al., arXiv:2001.01568) with Swin blocks before its mask
+    (Liu et al., arXiv:2303.14978).
 
     A 1x1 convolution reduces the input to ``hidden_dim`` channels; the trunk ``conv_a`` is gated
     by the sigmoid of ``conv_b`` applied to the output of two Swin blocks, of which the second has
@@ -138,7 +168,11 @@ class SwinAttentionBlock(AttentionBlock):
     """
 
     def __init__(self, dim: int, hidden_dim: int, head_dim: int, window_size: int):
-        super().__init__(hidden_dim)
+        super().__init__()
+        self.conv_a = nn.Sequential(*[_ResidualUnit(hidden_dim) for _ in range(3)])
+        self.conv_b = nn.Sequential(
+            *[_ResidualUnit(hidden_dim) for _ in range(3)], conv1x1(hidden_dim, hidden_dim)
+        )
         self.in_conv = conv1x1(dim, hidden_dim)
         self.non_local_block = nn.Sequential()
         for name, shift in (("block_1", 0), ("block_2", window_size // 2)):

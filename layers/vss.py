@@ -4,6 +4,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .drop_path import DropPath
+from .layer_norm import LayerNorm
 from .ss2d import SS2D
 
 
@@ -17,7 +18,7 @@ class VSSBlock(nn.Module):
 
     def __init__(self, dim: int, drop_path: float = 0.0):
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.op = SS2D(dim)
         self.drop_path = DropPath(drop_path)
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layers.compressai import CompressionModel, quantize_ste, remap_old_keys
+from layers.compressai import CompressionModel, remap_old_keys
 
 from .coding import Coder
-from .entropy import SlicePredictor
+from .entropy import SlicePredictor, round_from
 
 # Buffers whose size depends on training, not on the architecture.
 _TABLES = ("_quantized_cdf", "_cdf_length", "_offset", "scale_table")
@@ -68,24 +68,23 @@ class SliceHyperprior(CompressionModel):
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             _, z_likelihoods = self.entropy_bottleneck(z)
-            medians = self.entropy_bottleneck.medians()
-            z_hat = quantize_ste(z - medians) + medians
+            z_hat = round_from(self.entropy_bottleneck.medians(), z)
 
-        y_likelihoods: list[Tensor] = []
+        y = y.float()
+        y_slices = y.chunk(len(self.lrp_transforms), dim=1)
+        predictions: list[tuple[Tensor, Tensor]] = []
 
         def round_slice(i: int, mu: Tensor, scale: Tensor) -> Tensor:
-            with torch.autocast(y.device.type, enabled=False):
-                channels = mu.shape[1]
-                y_slice = y[:, i * channels : (i + 1) * channels].float()
-                mu = mu.float()
-                _, likelihood = self.gaussian_conditional(y_slice, scale.float(), mu)
-                y_likelihoods.append(likelihood)
-                return quantize_ste(y_slice - mu) + mu
+            predictions.append((mu.float(), scale.float()))
+            return round_from(predictions[i][0], y_slices[i])
 
         y_hat = self.slices(z_hat, round_slice)
+        mu, scale = (torch.cat(parts, dim=1) for parts in zip(*predictions, strict=True))
+        with torch.autocast(y.device.type, enabled=False):
+            _, y_likelihoods = self.gaussian_conditional(y, scale, mu)
         return {
             "x_hat": self.g_s(y_hat)[..., :height, :width],
-            "likelihoods": {"y": torch.cat(y_likelihoods, dim=1), "z": z_likelihoods},
+            "likelihoods": {"y": y_likelihoods, "z": z_likelihoods},
         }
 
     def compress(self, x: Tensor, *, exact: bool = True) -> dict:

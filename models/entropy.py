@@ -26,6 +26,25 @@ def run_eagerly(stage: Callable, *args):
     return stage(*args)
 
 
+class _RoundFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, offset: Tensor, x: Tensor) -> Tensor:
+        return torch.round(x - offset) + offset
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
+
+
+def round_from(offset: Tensor, x: Tensor) -> Tensor:
+    """Round x to whole distances from an offset, which broadcasts to it.
+
+    The gradient is that of the identity (straight-through estimator). By the offset there is none:
+    what it adds after rounding cancels what it takes away before.
+    """
+    return _RoundFrom.apply(offset, x)
+
+
 class Bottleneck(EntropyBottleneck):
     """CompressAI's bottleneck, whose forward pass does not make the host wait for the GPU."""
 
@@ -35,7 +54,10 @@ class Bottleneck(EntropyBottleneck):
         channels_first = x.transpose(0, 1)
         values = channels_first.reshape(x.shape[1], 1, -1)
         outputs = self.quantize(values, "noise" if training else "dequantize", self._get_medians())
-        likelihoods, _, _ = self._likelihood(outputs)
+        # CompressAI's `_likelihood`, but both ends of all intervals pass through at once.
+        ends = torch.cat((outputs - 0.5, outputs + 0.5), dim=-1)
+        lower, upper = self._logits_cumulative(ends, stop_gradient=False).sigmoid().chunk(2, dim=-1)
+        likelihoods = upper - lower
         if self.use_likelihood_bound:
             likelihoods = self.likelihood_lower_bound(likelihoods)
         return tuple(
@@ -104,8 +126,10 @@ class SlicePredictor:
 
     def correct(self, i: int, mean_support: Tensor, y_hat_slice: Tensor) -> Tensor:
         """Add the predicted residual of rounding to slice i."""
-        residual = self.lrp_transforms[i](torch.cat([mean_support, y_hat_slice], dim=1))
-        return y_hat_slice + 0.5 * torch.tanh(residual)
+        support = torch.cat([mean_support, y_hat_slice.to(mean_support.dtype)], dim=1)
+        residual = self.lrp_transforms[i](support)
+        # In autocast the layers behind it take it in their dtype: cast once, for all of them.
+        return (y_hat_slice + 0.5 * torch.tanh(residual)).to(residual.dtype)
 
 
 class LatentTables:

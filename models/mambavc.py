@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 import torch.nn as nn
 
-from layers import SwinAttentionBlock, VSSBlock
+from layers import ConvChain, SwinAttentionBlock, VSSBlock
 from layers.compressai import GaussianConditional, conv, deconv
 
 from ._registry import register_model
@@ -108,7 +108,7 @@ class MambaVC(SliceHyperprior):
             return nn.Sequential(block)
 
         def transform(width: int) -> nn.Module:
-            return nn.Sequential(
+            return ConvChain(
                 conv(width, transform_width, kernel_size=3, stride=1),
                 nn.GELU(),
                 conv(transform_width, context_width, kernel_size=3, stride=1),

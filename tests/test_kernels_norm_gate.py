@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from stage_checks import CUDA, DEVICE, check, error, needs_kernels, with_gradients
 
-from kernels import backends, norm_gate
+from kernels import backends, layer_norm, norm_gate
 
 SHAPES = [
     pytest.param((1, 1, 1, 32), id="one-row-of-a-tile"),
@@ -129,12 +129,29 @@ def test_it_leaves_its_inputs_alone(way):
     assert all(map(torch.equal, inputs, before))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_norm_without_a_gate(way, dtype):
+    x, _, weight, bias = make_inputs((37, 33), dtype)
+    inputs = [value.requires_grad_() for value in (x, weight, bias)]
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = layer_norm(*inputs)
+    dout = torch.randn_like(out)
+    results = out.detach(), *torch.autograd.grad(out, inputs, dout)
+    expected = with_gradients(lambda x, w, b: F.layer_norm(x, w.shape, w, b), inputs, dout)
+    check(results, expected, inputs)
+    assert layer_norm(x[:0], weight, bias).shape == (0, 33)
+
+
 @needs_kernels
 def test_operators_pass_opcheck():
     inputs = [value.requires_grad_() for value in make_inputs((2, 3, 32), torch.float32)]
     torch.library.opcheck(torch.ops.mambavc.norm_gate.default, (*inputs, 1e-5))
     inputs = [value.detach() for value in (inputs[0], *inputs)]
     torch.library.opcheck(torch.ops.mambavc.norm_gate_backward.default, (*inputs, 1e-5))
+    del inputs[2]  # z
+    torch.library.opcheck(torch.ops.mambavc.layer_norm_backward.default, (*inputs, 1e-5))
+    inputs = [value.requires_grad_() for value in inputs[1:]]
+    torch.library.opcheck(torch.ops.mambavc.layer_norm.default, (*inputs, 1e-5))
 
 
 def test_it_compiles_into_one_graph(way):

@@ -128,12 +128,20 @@ def _as_weight(matrices: Tensor, shape: Sequence[int]) -> Tensor:
     return matrices.view(shape)
 
 
+def _padded_size(rows: int, columns: int) -> tuple[int, int]:
+    """Sides of matrices that are orthogonalised together with one of this shape, the smaller first.
+
+    A network has tens of shapes, mostly of few matrices: too little work at a time for a GPU.
+    """
+    return tuple(sorted(1 << (side - 1).bit_length() for side in (rows, columns)))
+
+
 class Muon(Optimizer):
     """Orthogonalised Nesterov momentum for weight matrices and kernels (Jordan et al., 2024).
 
     Each update has all its singular values near 1 and is scaled by 0.2 sqrt(larger side), which
     gives it the size of one of Adam's, so that Adam's learning rates carry over (Liu et al.,
-    arXiv:2502.16982). Matrices of equal shape are orthogonalised in one batch.
+    arXiv:2502.16982).
 
     Args:
         params: weights of 2 (matrix), 3 (stack of matrices) or 4 dimensions (kernel).
@@ -163,13 +171,43 @@ class Muon(Optimizer):
             for p, momentum in zip(params, momenta, strict=True):
                 matrices = _as_matrices(momentum)
                 by_shape[matrices.shape[1:]].append((p, matrices))
-            for (rows, columns), entries in by_shape.items():
-                weights, stacks = zip(*entries, strict=True)
-                updates = orthogonalise(torch.cat(stacks)).to(weights[0].dtype).contiguous()
-                updates *= -0.2 * math.sqrt(max(rows, columns)) * group["lr"]
-                updates = updates.split([len(stack) for stack in stacks])
-                updates = [_as_weight(u, p.shape) for u, p in zip(updates, weights, strict=True)]
-                torch._foreach_add_(weights, updates)
+            by_size = defaultdict(list)
+            for shape, entries in by_shape.items():
+                by_size[_padded_size(*shape)].append(entries)
+            # A tensor without dimensions would be rounded to the precision of the updates.
+            rate = params[0].new_empty(1).fill_(group["lr"])
+            for size, shapes in by_size.items():
+                self._update(size, shapes, rate)
+
+    def _update(
+        self,
+        size: tuple[int, int],
+        shapes: Sequence[Sequence[tuple[Tensor, Tensor]]],
+        rate: Tensor,
+    ) -> None:
+        """Orthogonalise matrices of similar shapes in one batch and add them to their weights.
+
+        Args:
+            size: that they are padded to; zeros stay zeros and change nothing.
+            shapes: lists of weights and their momenta as (count, rows, columns), of one shape each.
+            rate: learning rate, (1,).
+        """
+        stacks = [torch.cat([matrices for _, matrices in entries]) for entries in shapes]
+        stacks = [stack.mT if stack.shape[1] > stack.shape[2] else stack for stack in stacks]
+        counts = [len(stack) for stack in stacks]
+        dtype = torch.bfloat16 if rate.is_cuda else rate.dtype
+        padded = rate.new_zeros((sum(counts), *size), dtype=dtype)
+        for part, stack in zip(padded.split(counts), stacks, strict=True):
+            part[:, : stack.shape[1], : stack.shape[2]] = stack
+        parts = orthogonalise(padded).split(counts)
+        for part, stack, entries in zip(parts, stacks, shapes, strict=True):
+            rows, columns = entries[0][1].shape[1:]
+            updates = part[:, : stack.shape[1], : stack.shape[2]] * rate
+            updates = (updates.mT if rows > columns else updates).contiguous()
+            updates = updates.split([len(matrices) for _, matrices in entries])
+            weights = [weight for weight, _ in entries]
+            updates = [_as_weight(u, w.shape) for u, w in zip(updates, weights, strict=True)]
+            torch._foreach_add_(weights, updates, alpha=-0.2 * math.sqrt(max(rows, columns)))
 
 
 def lr_factor(

@@ -1,0 +1,270 @@
+"""Triton kernels of convolutions with kernels of 1x1 or 3x3, channels last, and their gradients.
+
+Maps of a few pixels give a GPU so little work that each launch costs more than what it does. So
+bias, activation, sum with another map and, backward, the activation's gradient are part of the
+products, and the gradients of a weight and of its bias are one kernel.
+
+Prefixes: `i_` program or loop index, `o_` offsets, `m_` mask, `p_` pointer, `b_` block value. A tap
+is one of the pixels that a kernel covers. No sum depends on the order in which programs run.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MULTIPROCESSORS = 132  # an H100's; blocks are made small enough that about as many programs run
+GRAD_BLOCK = (32, 32, 64)  # output and input channels, pixels
+GRAD_PIXELS = 256  # fewest pixels of a program that adds up a weight's gradient
+WARPS, STAGES = 4, 4
+
+
+@triton.jit
+def _gelu(b_x):
+    return 0.5 * b_x * (1.0 + tl.erf(b_x * 0.7071067811865476))
+
+
+@triton.jit
+def _gelu_slope(b_x):
+    b_density = tl.exp(-0.5 * b_x * b_x) * 0.3989422804014327
+    return 0.5 * (1.0 + tl.erf(b_x * 0.7071067811865476)) + b_x * b_density
+
+
+@triton.jit
+def _taps_pixels(o_p, m_p, tap, height, width, SIDE: tl.constexpr):
+    """The pixels that a tap reads for pixels o_p of a batch, and which of them exist."""
+    row = tap // SIDE - SIDE // 2
+    column = tap % SIDE - SIDE // 2
+    o_row = o_p // width % height + row
+    o_column = o_p % width + column
+    m_row = (o_row >= 0) & (o_row < height)
+    m_tap = m_p & m_row & (o_column >= 0) & (o_column < width)
+    return o_p + row * width + column, m_tap
+
+
+@triton.jit(do_not_specialize=["pixels", "height", "width"])
+def _chain_kernel(
+    x,  # (pixels, in_channels)
+    weight,  # with strides of output channel, input channel and tap
+    bias,  # (channels,) or None
+    residual,  # (pixels, channels) or None: added before the activation
+    gate,  # (pixels, channels): GELU's argument, written; of gradients read
+    out,  # (pixels, channels)
+    pixels,
+    height,
+    width,
+    in_channels,
+    channels,
+    stride_out,
+    stride_in,
+    stride_tap,
+    SIDE: tl.constexpr,
+    MIRRORED: tl.constexpr,  # as the gradient by a map needs it
+    ACTIVATION: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    n_c = tl.cdiv(channels, BLOCK_C)
+    o_p = tl.program_id(0) // n_c * BLOCK_P + tl.arange(0, BLOCK_P)
+    o_c = tl.program_id(0) % n_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_p = o_p < pixels
+    m_c = o_c < channels
+    n_in = tl.cdiv(in_channels, BLOCK_IN)
+    b_out = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for i in range(SIDE * SIDE * n_in):
+        tap = i // n_in
+        o_in = i % n_in * BLOCK_IN + tl.arange(0, BLOCK_IN)
+        m_in = o_in < in_channels
+        o_from, m_from = _taps_pixels(o_p, m_p, tap, height, width, SIDE)
+        p_x = x + o_from.to(tl.int64)[:, None] * in_channels + o_in[None, :]
+        b_x = tl.load(p_x, mask=m_from[:, None] & m_in[None, :], other=0.0)
+        if MIRRORED:
+            tap = SIDE * SIDE - 1 - tap
+        p_w = weight + tap * stride_tap + o_in[:, None] * stride_in + o_c[None, :] * stride_out
+        b_w = tl.load(p_w, mask=m_in[:, None] & m_c[None, :], other=0.0)
+        b_out = tl.dot(b_x, b_w, b_out, input_precision="ieee")
+    o_out = o_p.to(tl.int64)[:, None] * channels + o_c[None, :]
+    m_out = m_p[:, None] & m_c[None, :]
+    if bias is not None:
+        b_out += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    if residual is not None:
+        b_out += tl.load(residual + o_out, mask=m_out, other=0.0).to(tl.float32)
+    if ACTIVATION == "relu":
+        b_out = tl.where(b_out < 0.0, 0.0, b_out)  # what is not a number stays so
+    elif ACTIVATION == "gelu":
+        tl.store(gate + o_out, b_out.to(gate.dtype.element_ty), mask=m_out)
+        b_out = _gelu(b_out)
+    elif ACTIVATION == "relu gradient":
+        b_out = tl.where(tl.load(gate + o_out, mask=m_out, other=0.0) > 0.0, b_out, 0.0)
+    elif ACTIVATION == "gelu gradient":
+        b_out *= _gelu_slope(tl.load(gate + o_out, mask=m_out, other=0.0).to(tl.float32))
+    tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=m_out)
+
+
+@triton.jit(do_not_specialize=["pixels", "height", "width", "share"])
+def _chain_grad_kernel(
+    dout,  # (pixels, channels)
+    x,  # (pixels, in_channels)
+    dweight,  # (splits, row), out: from here on (channels, taps, in_channels)
+    dbias,  # (splits, row), out: from here on (channels,)
+    row,
+    pixels,
+    height,
+    width,
+    in_channels,
+    channels,
+    share,  # pixels of a split
+    SIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    n_in = tl.cdiv(in_channels, BLOCK_IN)
+    i_tile = tl.program_id(0)
+    i_in = i_tile % n_in
+    tap = i_tile // n_in % (SIDE * SIDE)
+    o_c = i_tile // n_in // (SIDE * SIDE) * BLOCK_C + tl.arange(0, BLOCK_C)
+    o_in = i_in * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    m_c = o_c < channels
+    m_in = o_in < in_channels
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, pixels)
+    b_dweight = tl.zeros([BLOCK_C, BLOCK_IN], tl.float32)
+    b_dbias = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for start in range(first, last, BLOCK_P):
+        o_p = start + tl.arange(0, BLOCK_P)
+        m_p = o_p < last
+        p_dout = dout + o_p.to(tl.int64)[:, None] * channels + o_c[None, :]
+        b_dout = tl.load(p_dout, mask=m_p[:, None] & m_c[None, :], other=0.0)
+        o_from, m_from = _taps_pixels(o_p, m_p, tap, height, width, SIDE)
+        p_x = x + o_from.to(tl.int64)[:, None] * in_channels + o_in[None, :]
+        b_x = tl.load(p_x, mask=m_from[:, None] & m_in[None, :], other=0.0)
+        b_dweight = tl.dot(tl.trans(b_dout), b_x, b_dweight, input_precision="ieee")
+        b_dbias += b_dout.to(tl.float32)
+    o_split = tl.program_id(1).to(tl.int64) * row
+    p_dweight = dweight + o_split + (o_c[:, None] * (SIDE * SIDE) + tap) * in_channels
+    tl.store(
+        p_dweight + o_in[None, :],
+        b_dweight.to(dweight.dtype.element_ty),
+        mask=m_c[:, None] & m_in[None, :],
+    )
+    if (tap == 0) & (i_in == 0):
+        tl.store(dbias + o_split + o_c, tl.sum(b_dbias, 0).to(dbias.dtype.element_ty), mask=m_c)
+
+
+def _convolve(
+    x: Tensor,
+    weight: Tensor,
+    channels: int,
+    strides: tuple[int, int, int],
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    gate: Tensor | None = None,
+    activation: str | None = None,
+    mirrored: bool = False,
+) -> Tensor:
+    batch, height, width, in_channels = x.shape
+    out = x.new_empty(batch, height, width, channels)
+    pixels = batch * height * width
+    block_c = min(64, max(16, triton.next_power_of_2(channels)))
+    block_p = 64
+    if triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c) < MULTIPROCESSORS:
+        block_p, block_c = 32, min(32, block_c)
+    with torch.cuda.device_of(x):
+        _chain_kernel[(triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c),)](
+            x, weight, bias, residual, gate, out, pixels, height, width, in_channels, channels,
+            *strides, SIDE=weight.shape[-1], MIRRORED=mirrored, ACTIVATION=activation,
+            BLOCK_P=block_p, BLOCK_C=block_c,
+            BLOCK_IN=min(64, max(16, triton.next_power_of_2(in_channels))),
+            num_warps=WARPS, num_stages=STAGES,
+        )  # fmt: skip
+    return out
+
+
+def conv_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, activation: str | None, residual: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """activation(convolution of x + residual), and what the activation's gradient is made from.
+
+    Args:
+        x: (batch, height, width, in_channels), contiguous.
+        weight: (channels, in_channels, side, side), contiguous as channels last.
+        activation: ``relu``, ``gelu`` or None.
+        residual: (batch, height, width, channels) or None.
+    """
+    channels, in_channels, side, _ = weight.shape
+    strides = side * side * in_channels, 1, in_channels
+    gate = x.new_empty(*x.shape[:3], channels) if activation == "gelu" else None
+    out = _convolve(
+        x, weight, channels, strides,
+        bias=bias, residual=residual, gate=gate, activation=activation,
+    )  # fmt: skip
+    return out, out if activation == "relu" else gate
+
+
+def conv_backward_map(
+    dout: Tensor,
+    weight: Tensor,
+    activation: str | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+) -> Tensor:
+    """The gradient by the map of a convolution, or by what an activation made that map from.
+
+    Args:
+        dout: gradient by what the convolution makes, before its own activation.
+        activation, gate: of the map, see `conv_forward`; None for the gradient by the map.
+        residual: another gradient by the map, or None.
+    """
+    _, in_channels, side, _ = weight.shape
+    strides = 1, side * side * in_channels, in_channels
+    return _convolve(
+        dout, weight, in_channels, strides,
+        residual=residual, gate=gate, activation=activation and f"{activation} gradient",
+        mirrored=True,
+    )  # fmt: skip
+
+
+def conv_backward_parameters(
+    pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Gradients by weights and biases of some convolutions, in the dtype of the weights.
+
+    Args:
+        pairs: of each, the gradient by its result and its map.
+        weights: of each.
+    """
+    block_c, block_in, block_p = GRAD_BLOCK
+    tiles = [
+        triton.cdiv(w.shape[0], block_c) * triton.cdiv(w.shape[1], block_in) * w.shape[2] ** 2
+        for w in weights
+    ]
+    batch, height, width, _ = pairs[0][0].shape
+    pixels = batch * height * width
+    # Where a weight makes few programs, its pixels are shared by several, which are added up.
+    splits = max(1, min(2 * MULTIPROCESSORS // min(tiles), pixels // GRAD_PIXELS))
+    share = triton.cdiv(triton.cdiv(pixels, splits), block_p) * block_p
+    splits = triton.cdiv(pixels, share)
+    sizes = [size for w in weights for size in (w.numel(), len(w))]
+    row = sum(sizes)
+    dtype = weights[0].dtype if splits == 1 else torch.float32
+    sums = weights[0].new_empty(splits, row, dtype=dtype)
+    parts = sums.split(sizes, dim=1)
+    for i, ((dout, x), weight) in enumerate(zip(pairs, weights, strict=True)):
+        with torch.cuda.device_of(x):
+            _chain_grad_kernel[(tiles[i], splits)](
+                dout, x, parts[2 * i], parts[2 * i + 1], row, pixels, height, width,
+                weight.shape[1], weight.shape[0], share, SIDE=weight.shape[-1],
+                BLOCK_C=block_c, BLOCK_IN=block_in, BLOCK_P=block_p,
+                num_warps=WARPS, num_stages=STAGES,
+            )  # fmt: skip
+    total = sums[0] if splits == 1 else sums.sum(0).to(weights[0].dtype)
+    parts = total.split(sizes)
+    return [
+        (parts[2 * i].view(len(w), *w.shape[2:], w.shape[1]).permute(0, 3, 1, 2), parts[2 * i + 1])
+        for i, w in enumerate(weights)
+    ]

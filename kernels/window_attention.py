@@ -1,0 +1,64 @@
+"""Attention inside square, perhaps shifted, windows of a map, as one operator."""
+
+import torch
+from torch import Tensor
+
+from kernels import backends
+from kernels.operators import make_differentiable
+
+
+def fuses_window_attention(x: Tensor, window_size: int) -> bool:
+    """Whether `window_attention` is for this map: in half precision, on a GPU, of whole windows.
+
+    Args:
+        x: (batch, height, width, dim).
+    """
+    height, width = x.shape[1:3]
+    return (
+        window_size in (4, 8)  # 16 and 64 pixels, sizes that a GPU's matrix products have
+        and height % window_size == width % window_size == 0
+        and x.numel() > 0
+        and backends.half_precision(x) is not None
+    )
+
+
+def window_attention(qkv: Tensor, bias: Tensor, shift: int) -> Tensor:
+    """Multi-head self-attention of the pixels of each window.
+
+    Logits are divided by the root of a head's width. Softmax is float32. Differentiable once in
+    both tensors, and the same input gives the same bits every time.
+
+    Args:
+        qkv: (batch, height, width, 3 * heads * dim) in half precision: queries, keys and values of
+            all heads, of a map for which `fuses_window_attention` holds.
+        bias: (heads, p * p, p * p), added to the logits of each pair of pixels of windows of p x p.
+        shift: pixels by which the windows are moved up and left, below p. Pixels that become
+            neighbours only because windows wrap around the map's end do not see each other.
+
+    Returns:
+        (batch, height, width, heads * dim) in qkv's dtype.
+    """
+    return _operator(qkv.contiguous(), bias.contiguous(), shift)
+
+
+@torch.library.custom_op("mambavc::window_attention", mutates_args=())
+def _operator(qkv: Tensor, bias: Tensor, shift: int) -> Tensor:
+    from kernels.window_attention_triton import window_attention_forward
+
+    return window_attention_forward(qkv, bias, shift)
+
+
+@torch.library.custom_op("mambavc::window_attention_backward", mutates_args=())
+def _backward_operator(
+    dout: Tensor, qkv: Tensor, bias: Tensor, shift: int
+) -> tuple[Tensor, Tensor]:
+    from kernels.window_attention_triton import window_attention_backward
+
+    return window_attention_backward(dout, qkv, bias, shift)
+
+
+def _result(qkv: Tensor, bias: Tensor, shift: int) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
+
+
+make_differentiable("window_attention", result=_result)

@@ -1,0 +1,169 @@
+"""Triton kernels of attention inside square windows of a map, and of its gradients.
+
+A program owns a head of a window, whose pixels it finds in the map wherever shifted windows lie:
+nothing is rolled or copied. The backward kernel forms the probabilities again.
+
+Prefixes: `i_` program or loop index, `o_` offsets, `m_` mask, `p_` pointer, `b_` block value. A
+token is a pixel of a window. The bias's gradient is kept per program and added by `torch.sum`, so
+that it does not depend on the order in which programs run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+GRAD_PROGRAMS = 264  # about two for each of an H100's multiprocessors
+WARPS = 4
+
+
+@triton.jit
+def _window(i_window, height, width, SIDE: tl.constexpr, SHIFT: tl.constexpr):
+    """Pixels of a window's tokens in a batch of maps, and which pairs may not see each other."""
+    columns = width // SIDE
+    rows = height // SIDE
+    i_column = i_window % columns
+    i_row = i_window // columns % rows
+    o_t = tl.arange(0, SIDE * SIDE)
+    o_row = i_row * SIDE + o_t // SIDE + SHIFT
+    o_column = i_column * SIDE + o_t % SIDE + SHIFT
+    o_row = tl.where(o_row >= height, o_row - height, o_row)
+    o_column = tl.where(o_column >= width, o_column - width, o_column)
+    o_pixel = (i_window // columns // rows * height + o_row).to(tl.int64) * width + o_column
+    # The last windows of a shifted grid wrap around the map's end.
+    o_region = tl.where((i_row == rows - 1) & (o_t // SIDE >= SIDE - SHIFT), 2, 0)
+    o_region += tl.where((i_column == columns - 1) & (o_t % SIDE >= SIDE - SHIFT), 1, 0)
+    return o_pixel, o_region[:, None] != o_region[None, :]
+
+
+@triton.jit
+def _load_qkv(qkv, o_pixel, i_head, heads, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """q, k and v of a head, (tokens, BLOCK_D) each; offsets and mask of q."""
+    o_d = tl.arange(0, BLOCK_D)
+    o_q = o_pixel[:, None] * (3 * heads * DIM) + i_head * DIM + o_d[None, :]
+    m_q = (o_pixel >= 0)[:, None] & (o_d < DIM)[None, :]
+    b_q = tl.load(qkv + o_q, mask=m_q, other=0.0)
+    b_k = tl.load(qkv + o_q + heads * DIM, mask=m_q, other=0.0)
+    b_v = tl.load(qkv + o_q + 2 * heads * DIM, mask=m_q, other=0.0)
+    return b_q, b_k, b_v, o_q, m_q
+
+
+@triton.jit
+def _probabilities(b_q, b_k, b_bias, m_hidden, SCALE: tl.constexpr):
+    b_logit = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * SCALE + b_bias
+    b_logit = tl.where(m_hidden, float("-inf"), b_logit)
+    b_p = tl.exp(b_logit - tl.max(b_logit, 1)[:, None])
+    return b_p / tl.sum(b_p, 1)[:, None]
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def _window_attention_kernel(
+    qkv,  # (batch, height, width, 3, heads, DIM)
+    bias,  # (heads, tokens, tokens)
+    out,  # (batch, height, width, heads, DIM)
+    height,
+    width,
+    heads,
+    SIDE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SCALE: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    TOKENS: tl.constexpr = SIDE * SIDE
+    i_head = tl.program_id(1)
+    o_pair = tl.arange(0, TOKENS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+    b_bias = tl.load(bias + i_head * (TOKENS * TOKENS) + o_pair).to(tl.float32)
+    o_pixel, m_hidden = _window(tl.program_id(0), height, width, SIDE, SHIFT)
+    b_q, b_k, b_v, _, m_q = _load_qkv(qkv, o_pixel, i_head, heads, DIM, BLOCK_D)
+    b_p = _probabilities(b_q, b_k, b_bias, m_hidden, SCALE)
+    b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+    o_out = o_pixel[:, None] * (heads * DIM) + i_head * DIM + tl.arange(0, BLOCK_D)[None, :]
+    tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=m_q)
+
+
+@triton.jit(do_not_specialize=["windows", "height", "width"])
+def _window_attention_grad_kernel(
+    dout,  # (batch, height, width, heads, DIM)
+    qkv,  # (batch, height, width, 3, heads, DIM)
+    bias,  # (heads, tokens, tokens)
+    dqkv,  # like qkv, out
+    partial,  # (programs, heads, tokens, tokens), out: gradient of the bias
+    windows,
+    height,
+    width,
+    heads,
+    SIDE: tl.constexpr,
+    SHIFT: tl.constexpr,
+    SCALE: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    TOKENS: tl.constexpr = SIDE * SIDE
+    i_head = tl.program_id(1)
+    o_pair = tl.arange(0, TOKENS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+    b_bias = tl.load(bias + i_head * (TOKENS * TOKENS) + o_pair).to(tl.float32)
+    b_dbias = tl.zeros([TOKENS, TOKENS], tl.float32)
+    for i_window in range(tl.program_id(0), windows, tl.num_programs(0)):
+        o_pixel, m_hidden = _window(i_window, height, width, SIDE, SHIFT)
+        b_q, b_k, b_v, o_q, m_q = _load_qkv(qkv, o_pixel, i_head, heads, DIM, BLOCK_D)
+        o_out = o_pixel[:, None] * (heads * DIM) + i_head * DIM + tl.arange(0, BLOCK_D)[None, :]
+        b_dout = tl.load(dout + o_out, mask=m_q, other=0.0)
+        b_p = _probabilities(b_q, b_k, b_bias, m_hidden, SCALE)
+        b_dv = tl.dot(tl.trans(b_p.to(b_v.dtype)), b_dout, input_precision="ieee")
+        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
+        b_dlogit = b_p * (b_dp - tl.sum(b_p * b_dp, 1)[:, None])
+        b_dbias += b_dlogit
+        b_dlogit = (b_dlogit * SCALE).to(b_q.dtype)
+        b_dq = tl.dot(b_dlogit, b_k, input_precision="ieee")
+        b_dk = tl.dot(tl.trans(b_dlogit), b_q, input_precision="ieee")
+        tl.store(dqkv + o_q, b_dq.to(dqkv.dtype.element_ty), mask=m_q)
+        tl.store(dqkv + o_q + heads * DIM, b_dk.to(dqkv.dtype.element_ty), mask=m_q)
+        tl.store(dqkv + o_q + 2 * heads * DIM, b_dv.to(dqkv.dtype.element_ty), mask=m_q)
+    i_part = tl.program_id(0).to(tl.int64) * heads + i_head
+    tl.store(partial + i_part * (TOKENS * TOKENS) + o_pair, b_dbias)
+
+
+def _launch_arguments(qkv: Tensor, bias: Tensor, shift: int):
+    batch, height, width, channels = qkv.shape
+    heads, tokens, _ = bias.shape
+    side = int(tokens**0.5)
+    dim = channels // (3 * heads)
+    windows = batch * (height // side) * (width // side)
+    constants = {
+        "SIDE": side,
+        "SHIFT": shift,
+        "SCALE": dim**-0.5,
+        "DIM": dim,
+        "BLOCK_D": max(16, triton.next_power_of_2(dim)),
+        "num_warps": WARPS,
+    }
+    return windows, heads, constants
+
+
+def window_attention_forward(qkv: Tensor, bias: Tensor, shift: int) -> Tensor:
+    """See `kernels.window_attention`; all inputs contiguous."""
+    batch, height, width, channels = qkv.shape
+    out = qkv.new_empty(batch, height, width, channels // 3)
+    windows, heads, constants = _launch_arguments(qkv, bias, shift)
+    with torch.cuda.device_of(qkv):
+        _window_attention_kernel[(windows, heads)](
+            qkv, bias, out, height, width, heads, **constants
+        )
+    return out
+
+
+def window_attention_backward(
+    dout: Tensor, qkv: Tensor, bias: Tensor, shift: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv and bias; all inputs contiguous."""
+    _, height, width, _ = qkv.shape
+    windows, heads, constants = _launch_arguments(qkv, bias, shift)
+    programs = min(windows, max(1, GRAD_PROGRAMS // heads))
+    dqkv = torch.empty_like(qkv)
+    partial = torch.empty(programs, *bias.shape, dtype=torch.float32, device=qkv.device)
+    with torch.cuda.device_of(qkv):
+        _window_attention_grad_kernel[(programs, heads)](
+            dout, qkv, bias, dqkv, partial, windows, height, width, heads, **constants
+        )
+    return dqkv, partial.sum(0).to(bias.dtype)

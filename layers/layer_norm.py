@@ -1,0 +1,14 @@
+"""LayerNorm that keeps the dtype of its map."""
+
+import torch.nn as nn
+from torch import Tensor
+
+import kernels
+
+
+class LayerNorm(nn.LayerNorm):
+    """`torch.nn.LayerNorm` over the last axis, in autocast too without copies in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., dim) to the same shape and dtype."""
+        return kernels.layer_norm(x, self.weight, self.bias, self.eps)
