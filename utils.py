@@ -260,7 +260,7 @@ def read_image(
         opacity = image.getchannel("A")
     if grey or image.mode != "CMYK":
         image = image.convert("L" if grey else "RGB")
-    image, note = _to_srgb(image, profile)
+    image, note = to_srgb(image, profile)
     if note and report is not None:
         report(f"{name}: {note}")
     if opacity is not None:
@@ -289,7 +289,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(samples.round().clip(0, 255).astype(np.uint8))
 
 
-def _to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str | None]:
+def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str | None]:
     """A grey, RGB or CMYK picture of this ICC profile in sRGB; what was done, if anything."""
     plain = image.convert("RGB")
     if not profile:

@@ -52,6 +52,7 @@ MAX_SIDE = 65_535
 MAX_PIXELS = 2**26
 MAX_BYTES = 2**28  # of a file
 MAX_GUARDS = 2**20
+SIZE_BYTES = 18  # that `read_size` needs at most
 
 _MAGIC = b"MVC"
 _EXACT = 0x80
@@ -150,10 +151,7 @@ def unpack(data: bytes) -> Stream:
     if len(data) < _FIXED.size + _CHECKSUMS.size:
         raise BitstreamError(f"the file is cut off: {len(data)} bytes are less than any header")
     _, version, model = _FIXED.unpack_from(data)
-    if version & ~_EXACT != VERSION:
-        raise BitstreamError(
-            f"version {version & ~_EXACT} of the format is not supported, only version {VERSION}"
-        )
+    _check_version(version)
     crc, file_crc = _CHECKSUMS.unpack_from(data, len(data) - _CHECKSUMS.size)
     if zlib.crc32(memoryview(data)[:-4]) != file_crc:
         raise BitstreamError("the file is damaged or cut off: its checksum does not match")
@@ -164,6 +162,28 @@ def unpack(data: bytes) -> Stream:
     z = reader.take(reader.varint())
     y = reader.take(len(reader.left))
     return Stream(model, bool(version & _EXACT), height, width, guards, z, y, crc)
+
+
+def read_size(data: bytes) -> tuple[int, int]:
+    """Height and width that a `.mvc` file states, from its first `SIZE_BYTES` bytes.
+
+    They are not checked, neither against the format's limits nor by the file's checksum.
+
+    Raises:
+        BitstreamError: these bytes begin no file of a supported version.
+    """
+    if data[: len(_MAGIC)] != _MAGIC or len(data) < _FIXED.size:
+        raise BitstreamError("not an .mvc file: it does not begin with a whole header")
+    _check_version(_FIXED.unpack_from(data)[1])
+    reader = _Reader(memoryview(data)[_FIXED.size :])
+    return reader.varint(), reader.varint()
+
+
+def _check_version(version: int) -> None:
+    if version & ~_EXACT != VERSION:
+        raise BitstreamError(
+            f"version {version & ~_EXACT} of the format is not supported, only version {VERSION}"
+        )
 
 
 class _Reader:

@@ -52,6 +52,21 @@ def test_what_is_packed_is_unpacked(stream):
     assert pack(unpack(data)) == data
 
 
+@given(streams())
+@settings(deadline=None)
+def test_size_is_read_from_the_first_bytes(stream):
+    assert container.read_size(pack(stream)[: container.SIZE_BYTES]) == (
+        stream.height,
+        stream.width,
+    )
+
+
+@pytest.mark.parametrize("length", [0, 3, 7, 8, 10])
+def test_size_of_a_header_that_is_cut_off_is_refused(length):
+    with pytest.raises(BitstreamError):
+        container.read_size(pack(KODAK)[:length])
+
+
 @given(st.binary(max_size=80), st.booleans())
 @settings(max_examples=500, deadline=None)
 def test_random_bytes_are_refused(data, sealed):
