@@ -116,7 +116,7 @@ def test_a_checkpoint_that_does_not_exist_is_refused():
 
 def test_quality_is_refused_where_the_model_has_one_rate(coder, picture, tmp_path):
     path = tmp_path / "a.mvc"
-    with pytest.raises(ValueError, match="tiny.*single rate.*leave quality out"):
+    with pytest.raises(ValueError, match=r"tiny.*single rate.*leave quality out"):
         picture.save(path, quality=50)
     assert not path.exists()
 
