@@ -7,8 +7,6 @@
 """
 
 import argparse
-import bisect
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,31 +19,14 @@ import utils
 from models import Coder
 from models.checkpoint import build_from_checkpoint, load_checkpoint
 from tools.figures import style
+from tools.pillow_codecs import Ladder
 from utils import UsageError
 
-QUALITIES = range(1, 96)  # above 95, JPEG grows without a gain
-FORMATS = {"WebP": {"format": "WEBP", "method": 6}, "JPEG": {"format": "JPEG", "optimize": True}}
-
-
-def encode_pillow(image: Image.Image, quality: int, **options) -> bytes:
-    """A picture in one of Pillow's formats, as bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, quality=quality, **options)
-    return buffer.getvalue()
-
-
-def at_size(image: Image.Image, num_bytes: int, **options) -> bytes:
-    """The best quality of a format that takes at most this many bytes, or else its smallest."""
-
-    def size(quality: int) -> int:
-        return len(encode_pillow(image, quality, **options))
-
-    fitting = bisect.bisect_right(QUALITIES, num_bytes, key=size)
-    return encode_pillow(image, QUALITIES[max(fitting - 1, 0)], **options)
+OTHERS = ("WebP", "JPEG")
 
 
 def compare(coder: Coder, name: str, image: Image.Image) -> list[tuple[str, Image.Image]]:
-    """(caption, picture) of the original, of the network, and of each of `FORMATS` at its rate."""
+    """(caption, picture) of the original, of the network, and of each of `OTHERS` at its rate."""
     pixels = image.width * image.height
     original = utils.to_tensor(image)
 
@@ -56,10 +37,9 @@ def compare(coder: Coder, name: str, image: Image.Image) -> list[tuple[str, Imag
     stream = coder.encode(original[None])
     ours = utils.to_image(coder.decode(stream)[0])
     rows = [("Original\n24 bpp", image), (caption(name, len(stream), ours), ours)]
-    for name, options in FORMATS.items():
-        data = at_size(image, len(stream), **options)
-        decoded = Image.open(io.BytesIO(data)).convert("RGB")
-        rows.append((caption(name, len(data), decoded), decoded))
+    for name in OTHERS:
+        coded = Ladder(image, name).at_bytes(len(stream))
+        rows.append((caption(name, len(coded.data), coded.image), coded.image))
     return rows
 
 
