@@ -128,7 +128,7 @@ function offset(stageSize, size, centre) {
 }
 
 function place() {
-  const { box, fit, zoom, width, height } = layout();
+  const { box, fit, zoom, scale, width, height } = layout();
   const x = offset(box.width, width, state.x);
   const y = offset(box.height, height, state.y);
   state.x = (box.width / 2 - x) / width;
@@ -136,13 +136,10 @@ function place() {
   const whole = (start, distance) =>
     Math.round((start + distance) * devicePixelRatio) / devicePixelRatio - start;
   for (const image of [element("left"), element("right")]) {
-    Object.assign(image.style, {
-      left: `${whole(box.left, x)}px`,
-      top: `${whole(box.top, y)}px`,
-      width: `${width}px`,
-      height: `${height}px`,
-      imageRendering: Number.isInteger(zoom) ? "pixelated" : "auto",
-    });
+    // Not by its size in the layout, which browsers round to fractions of a pixel.
+    image.style.transform =
+      `translate(${whole(box.left, x)}px, ${whole(box.top, y)}px) scale(${scale})`;
+    image.style.imageRendering = Number.isInteger(zoom) ? "pixelated" : "auto";
   }
   const percent = 100 * state.split;
   element("over").style.clipPath = `inset(0 0 0 ${percent}%)`;
