@@ -87,6 +87,17 @@ class Stream:
     crc: int
 
 
+def check_quality(quality: float) -> float:
+    """Return the quality of a network with gains, if it is one.
+
+    Raises:
+        ValueError: it is not from 0 to 100.
+    """
+    if not 0 <= quality <= 100:
+        raise ValueError(f"a quality of {quality:g} is outside the range from 0 to 100")
+    return quality
+
+
 def check_size(height: int, width: int) -> None:
     """Check a picture's size against the format's limits.
 
