@@ -11,7 +11,9 @@
 `Image.open` reads the header only. PyTorch is imported and weights are loaded when the first
 picture is decoded or saved; they stay in memory. Pictures are saved with the checkpoint that comes
 with the project, or with another that `use` names. A file names the model that decodes it: those
-of other models raise an OSError until `use` has named their checkpoint.
+of other models raise an OSError until `use` has named their checkpoint. A network of every rate
+takes a `quality`, from 0 to 100: `image.save("a.mvc", quality=30)`. For one of a single rate, as
+the shipped one is, a quality is a ValueError.
 
 Limits:
 
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from models import Coder
 
 MODES = ("RGB", "L")  # of pictures that can be saved
+DEFAULT_QUALITY = 50  # of networks of every rate
 
 # (path, device) of the checkpoints that files are decoded with; the first codes new ones.
 _in_use = [(CHECKPOINT_FOLDER / "mambavc-light-0.0130.safetensors", "cpu")]
@@ -109,30 +112,32 @@ def _save(image: Image.Image, file: IO[bytes], _: str | bytes) -> None:
         path, device = _in_use[0]
         coder = _load(path, device)
         check_memory(coder.model, image.height, image.width)
-    rate = _rate(coder, path, options.get("quality"))
+    quality = _quality(coder, path, options.get("quality"))
     with _os_errors():
         profile = options.get("icc_profile", image.info.get("icc_profile"))
         converted, _ = utils.to_srgb(image, profile)
-        data = coder.encode(utils.to_tensor(converted)[None].to(device), **rate)
+        data = coder.encode(utils.to_tensor(converted)[None].to(device), quality)
     file.write(data)
 
 
-def _rate(coder: Coder, path: Path, quality: float | None) -> dict[str, float]:
-    """The arguments of `Coder.encode` that stand for a quality.
+def _quality(coder: Coder, path: Path, quality: float | None) -> float | None:
+    """The quality to code at: None for a network of a single rate.
 
     Raises:
-        ValueError: the model codes at one rate only, or the quality is none.
+        ValueError: it is none, or the network is of a single rate.
     """
+    if not coder.model.qualities:
+        if quality is not None:
+            raise ValueError(
+                f"{path.name} is a network of a single rate: leave quality out, or name a network "
+                "of every rate with pillow_mvc.use"
+            )
+        return None
     if quality is None:
-        return {}
-    if not getattr(coder.model, "qualities", 0):
-        raise ValueError(
-            f"{path.stem} codes at a single rate, so no quality can be chosen; leave quality out, "
-            "or name a checkpoint of a variable rate with pillow_mvc.use"
-        )
+        return DEFAULT_QUALITY
     if not isinstance(quality, int | float) or not 0 <= quality <= 100:
         raise ValueError(f"expected a quality from 0 to 100, got {quality!r}")
-    return {"quality": quality}
+    return quality
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_checkpoint, spread_model
+from conftest import gained_model, save_checkpoint, spread_model
 from PIL import Image, UnidentifiedImageError
 from test_utils import ADOBE, ADOBE_EXPONENT, icc_profile
 
@@ -31,6 +31,14 @@ def coder(tmp_path_factory):
     before = pillow_mvc._in_use[:]
     pillow_mvc.use(path)
     yield coder
+    pillow_mvc._in_use[:] = before
+
+
+@pytest.fixture
+def in_use():
+    """The checkpoints in use, which are those of before after the test."""
+    before = pillow_mvc._in_use[:]
+    yield before
     pillow_mvc._in_use[:] = before
 
 
@@ -93,32 +101,43 @@ def test_files_of_all_checkpoints_in_use_open(coder, stream):
     assert Image.open(shipped).tobytes() == expected.tobytes()
 
 
-def test_a_file_of_another_model_opens_once_its_checkpoint_is_in_use(coder, picture, tmp_path):
+def test_a_file_of_another_model_opens_once_its_checkpoint_is_in_use(
+    coder, picture, tmp_path, in_use
+):
     other = Coder(spread_model(seed=1))
     data = other.encode(utils.to_tensor(picture)[None])
     image = Image.open(io.BytesIO(data))
     with pytest.raises(OSError, match=rf"made by model {other.fingerprint.hex()}.*pillow_mvc\.use"):
         image.load()
-    before = pillow_mvc._in_use[:]
     pillow_mvc.use(save_checkpoint(other.model, tmp_path / "other.pth.tar"))
-    try:
-        assert image.tobytes() == decoded(other, data).tobytes()
-    finally:
-        pillow_mvc._in_use[:] = before
+    assert image.tobytes() == decoded(other, data).tobytes()
 
 
-def test_a_checkpoint_that_does_not_exist_is_refused():
-    before = pillow_mvc._in_use[:]
+def test_a_checkpoint_that_does_not_exist_is_refused(in_use):
     with pytest.raises(utils.UsageError, match="none-such does not exist"):
         pillow_mvc.use("none-such")
-    assert pillow_mvc._in_use == before
+    assert pillow_mvc._in_use == in_use
 
 
 def test_quality_is_refused_where_the_model_has_one_rate(coder, picture, tmp_path):
     path = tmp_path / "a.mvc"
-    with pytest.raises(ValueError, match=r"tiny.*single rate.*leave quality out"):
+    with pytest.raises(ValueError, match=r"tiny.pth.tar is .* single rate: leave quality out"):
         picture.save(path, quality=50)
     assert not path.exists()
+
+
+def test_quality_of_a_network_of_every_rate(picture, tmp_path, in_use):
+    coder = Coder(gained_model())
+    pillow_mvc.use(save_checkpoint(coder.model, tmp_path / "gained.pth.tar"))
+    x = utils.to_tensor(picture)[None]
+    for options, quality in (({}, 50), ({"quality": 12.5}, 12.5), ({"quality": 100}, 100)):
+        picture.save(tmp_path / "a.mvc", **options)
+        data = (tmp_path / "a.mvc").read_bytes()
+        assert data == coder.encode(x, quality)
+        assert Image.open(tmp_path / "a.mvc").tobytes() == decoded(coder, data).tobytes()
+    for quality in (-1, 100.5, "high", float("nan")):
+        with pytest.raises(ValueError, match="expected a quality from 0 to 100"):
+            picture.save(tmp_path / "a.mvc", quality=quality)
 
 
 def test_modes_that_lose_something_are_refused(coder, picture):

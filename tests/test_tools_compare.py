@@ -8,11 +8,11 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import save_checkpoint, tiny_model
+from conftest import gained_model, save_checkpoint, tiny_model
 from PIL import Image, ImageChops
 
 import utils
-from models import Coder, load_model
+from models import Coder, container, load_model
 from tools import compare, pillow_codecs
 from tools.pillow_codecs import CODECS, Ladder
 from utils import DataError, UsageError
@@ -252,11 +252,23 @@ def test_a_codec_that_pillow_lacks_is_left_out(checkpoint, inputs, tmp_path, mon
     assert "This Pillow has no AVIF." in data["about"]
 
 
+def test_a_network_of_every_rate_takes_a_quality(inputs, tmp_path):
+    checkpoint = save_checkpoint(gained_model(), tmp_path / "gained.pth.tar")
+    output = tmp_path / "page"
+    command = [str(inputs[0]), "--checkpoint", checkpoint, "--output", str(output)]
+    with pytest.raises(UsageError, match="give --quality"):
+        compare.main(command)
+    compare.main([*command, "--quality", "30"])
+    assert content(output)["title"] == "gained.pth, quality 30"
+    ours = content(output)["pictures"][0]["entries"]["bytes"][0]
+    assert container.unpack((output / ours["file"]).read_bytes()).quality == 30
+
+
 def test_a_codec_that_cannot_hold_a_picture_is_left_out(tmp_path):
     """WebP's sides have at most 16,383 pixels."""
     image = photograph(0, (16_400, 2))
     writer = compare.Writer(tmp_path, 1, image)
-    comparison = compare.compare(Coder(tiny_model()), image, "wide", writer, ["JPEG", "WebP"])
+    comparison = compare.compare(Coder(tiny_model()), image, "wide", writer, ["JPEG", "WebP"], None)
     for entries in comparison.entries.values():
         assert [entry.codec for entry in entries] == ["Ours", "JPEG"]
 

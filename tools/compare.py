@@ -24,7 +24,7 @@ from PIL import Image, ImageChops
 
 import utils
 from models import container
-from models.checkpoint import find_checkpoint
+from models.checkpoint import check_rate, find_checkpoint
 from models.memory import check_memory
 from tools import pillow_codecs
 from utils import DataError, UsageError, logger
@@ -115,16 +115,24 @@ class Writer:
 
 
 def compare(
-    coder: Coder, image: Image.Image, name: str, writer: Writer, codecs: Sequence[str]
+    coder: Coder,
+    image: Image.Image,
+    name: str,
+    writer: Writer,
+    codecs: Sequence[str],
+    quality: float | None,
 ) -> Comparison:
     """Code one picture with the network and all codecs, and write what the page shows of it.
+
+    Args:
+        quality: of a network of every rate; else None.
 
     Raises:
         ValueError: the network cannot code it.
     """
     device = next(coder.model.parameters()).device
     x = utils.to_tensor(image)[None].to(device)
-    stream = coder.encode(x)
+    stream = coder.encode(x, quality)
     x_hat = coder.decode(stream)
     psnr = utils.psnr(x, x_hat)
     ours = writer.entry(
@@ -221,7 +229,11 @@ def prepare_output(folder: Path, force: bool) -> None:
 
 
 def write_all(
-    coder: Coder, files: Sequence[Path], output: Path, codecs: Sequence[str]
+    coder: Coder,
+    files: Sequence[Path],
+    output: Path,
+    codecs: Sequence[str],
+    quality: float | None,
 ) -> list[Comparison]:
     """Compare all pictures that can be read.
 
@@ -242,7 +254,7 @@ def write_all(
             continue
         with utils.data_errors(file):
             writer = Writer(output, len(comparisons) + 1, image)
-            comparisons.append(compare(coder, image, name, writer, codecs))
+            comparisons.append(compare(coder, image, name, writer, codecs, quality))
         logger.info("%d/%d %s: %s", i, len(files), name, summary(comparisons[-1]))
     if not comparisons:
         raise DataError(f"none of the {len(files)} pictures can be read; see above")
@@ -269,6 +281,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="folder for the page"
     )
+    parser.add_argument(
+        "--quality", type=utils.quality, metavar="Q", help="of a network of every rate: 0 to 100"
+    )
     parser.add_argument("--force", action="store_true", help="write into a folder that has files")
     parser.add_argument("--cuda", action="store_true", help="run on the GPU")
     return parser.parse_args(argv)
@@ -287,12 +302,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from models import Coder, load_model
 
-    coder = Coder(load_model(checkpoint, utils.select_device(args.cuda)))
-    comparisons = write_all(coder, files, args.output, codecs)
+    model = load_model(checkpoint, utils.select_device(args.cuda))
+    check_rate(model, args.quality is not None, args.checkpoint, "--quality")
+    comparisons = write_all(Coder(model), files, args.output, codecs, args.quality)
     for name in ("page.css", "page.js"):
         (args.output / name).write_bytes((PAGE / name).read_bytes())
+    title = checkpoint.stem + ("" if args.quality is None else f", quality {args.quality:g}")
     with utils.atomic_write(args.output / "index.html") as path:
-        path.write_text(page(checkpoint.stem, missing, comparisons), encoding="utf-8")
+        path.write_text(page(title, missing, comparisons), encoding="utf-8")
     print(f"wrote {args.output / 'index.html'}")
 
 
