@@ -87,6 +87,10 @@ class MvcImageFile(ImageFile.ImageFile):
         self._mode = "RGB"
         self.tile = [("mvc", (0, 0, width, height), 0, ())]
 
+    def load_seek(self, position: int) -> None:
+        """Tells `ImageFile.Parser`, by being there, that only a whole file can be decoded."""
+        self.fp.seek(position)
+
 
 class _Decoder(ImageFile.PyDecoder):
     _pulls_fd = True  # given the file, not its bytes in blocks

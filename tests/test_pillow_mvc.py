@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import gained_model, save_checkpoint, spread_model
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 from test_utils import ADOBE, ADOBE_EXPONENT, icc_profile
 
 import pillow_mvc
@@ -92,6 +92,16 @@ def test_streams_in_memory(coder, picture):
     file = io.BytesIO()
     picture.save(file, format="MVC")
     assert Image.open(file).tobytes() == decoded(coder, file.getvalue()).tobytes()
+
+
+def test_a_file_that_arrives_in_pieces(coder, stream):
+    """As servers read uploads: the size is known after the first piece."""
+    parser = ImageFile.Parser()
+    parser.feed(stream[:30])
+    assert parser.image.size == (70, 40)
+    parser.feed(stream[30:100])
+    parser.feed(stream[100:])
+    assert parser.close().tobytes() == decoded(coder, stream).tobytes()
 
 
 def test_files_of_all_checkpoints_in_use_open(coder, stream):
