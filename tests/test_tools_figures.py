@@ -467,19 +467,6 @@ def test_receptive_field_refuses_other_files(tmp_path, content):
 # Visual comparison
 
 
-@pytest.mark.parametrize("name", visual.FORMATS)
-def test_quality_is_the_best_that_fits(pictures, name):
-    image = Image.open(pictures / "0.png")
-    options = visual.FORMATS[name]
-    sizes = [len(visual.encode_pillow(image, q, **options)) for q in visual.QUALITIES]
-    budget = sizes[40] + 1
-    data = visual.at_size(image, budget, **options)
-    assert len(data) <= budget
-    assert Image.open(io.BytesIO(data)).format == options["format"]
-    assert len(data) in sizes[40:]
-    assert visual.at_size(image, 1, **options) == visual.encode_pillow(image, 1, **options)
-
-
 def test_comparison_is_drawn(tmp_path, checkpoint, pictures, capsys):
     output = tmp_path / "visual.png"
     visual.main(

@@ -7,8 +7,6 @@
 """
 
 import argparse
-import bisect
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,33 +17,18 @@ from PIL import Image
 
 import utils
 from models import Coder
-from models.checkpoint import build_from_checkpoint, load_checkpoint
+from models.checkpoint import build_from_checkpoint, check_rate, load_checkpoint
 from tools.figures import style
+from tools.pillow_codecs import Ladder
 from utils import UsageError
 
-QUALITIES = range(1, 96)  # above 95, JPEG grows without a gain
-FORMATS = {"WebP": {"format": "WEBP", "method": 6}, "JPEG": {"format": "JPEG", "optimize": True}}
+OTHERS = ("WebP", "JPEG")
 
 
-def encode_pillow(image: Image.Image, quality: int, **options) -> bytes:
-    """A picture in one of Pillow's formats, as bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, quality=quality, **options)
-    return buffer.getvalue()
-
-
-def at_size(image: Image.Image, num_bytes: int, **options) -> bytes:
-    """The best quality of a format that takes at most this many bytes, or else its smallest."""
-
-    def size(quality: int) -> int:
-        return len(encode_pillow(image, quality, **options))
-
-    fitting = bisect.bisect_right(QUALITIES, num_bytes, key=size)
-    return encode_pillow(image, QUALITIES[max(fitting - 1, 0)], **options)
-
-
-def compare(coder: Coder, name: str, image: Image.Image) -> list[tuple[str, Image.Image]]:
-    """(caption, picture) of the original, of the network, and of each of `FORMATS` at its rate."""
+def compare(
+    coder: Coder, name: str, image: Image.Image, quality: float | None = None
+) -> list[tuple[str, Image.Image]]:
+    """(caption, picture) of the original, of the network, and of each of `OTHERS` at its rate."""
     pixels = image.width * image.height
     original = utils.to_tensor(image)
 
@@ -53,13 +36,12 @@ def compare(coder: Coder, name: str, image: Image.Image) -> list[tuple[str, Imag
         psnr = utils.psnr(original, utils.to_tensor(decoded))
         return f"{name}\n{8 * num_bytes / pixels:.3f} bpp, {psnr:.2f} dB"
 
-    stream = coder.encode(original[None])
+    stream = coder.encode(original[None], quality)
     ours = utils.to_image(coder.decode(stream)[0])
     rows = [("Original\n24 bpp", image), (caption(name, len(stream), ours), ours)]
-    for name, options in FORMATS.items():
-        data = at_size(image, len(stream), **options)
-        decoded = Image.open(io.BytesIO(data)).convert("RGB")
-        rows.append((caption(name, len(data), decoded), decoded))
+    for name in OTHERS:
+        coded = Ladder(image, name).at_bytes(len(stream))
+        rows.append((caption(name, len(coded.data), coded.image), coded.image))
     return rows
 
 
@@ -108,6 +90,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "visual", "Compare the network with WebP and JPEG on one picture at one rate."
     )
     parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument(
+        "--quality", type=utils.quality, metavar="Q", help="of a network of every rate: 0 to 100"
+    )
     parser.add_argument("--image", type=Path, required=True)
     parser.add_argument(
         "--detail",
@@ -132,9 +117,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{image.width}x{image.height} pixels"
         )
     checkpoint = load_checkpoint(args.checkpoint)
-    coder = Coder(build_from_checkpoint(checkpoint, args.checkpoint))
+    model = build_from_checkpoint(checkpoint, args.checkpoint)
+    check_rate(model, args.quality is not None, args.checkpoint, "--quality")
     name = checkpoint.get("model", "mambavc")
-    rows = compare(coder, style.NAMES.get(name, name), image)
+    rows = compare(Coder(model), style.NAMES.get(name, name), image, args.quality)
     for caption, _ in rows:
         print(caption.replace("\n", ": "))
     style.save(draw(rows, detail), args.output, dpi=140)
