@@ -106,12 +106,14 @@ def save_weights(checkpoint: dict, path: Path, exact: Iterable[str] = ()) -> boo
     from .coding import fingerprint
 
     _check_finite(checkpoint["state_dict"], path)
-    kept = tuple(f"{n}." for n in ("entropy_bottleneck", "gaussian_conditional", "gains", *exact))
+    layers = ("entropy_bottleneck", "gaussian_conditional", "gains", *exact)
+    prefixes = tuple(f"{layer}." for layer in layers)
     state_dict = {}
     for key, value in checkpoint["state_dict"].items():
         half = value.half() if value.is_floating_point() else value
-        is_kept = key.startswith(kept) or (key.endswith(".A_logs") and is_fixed(value))
-        state_dict[key] = (value if is_kept or not half.isfinite().all() else half).contiguous()
+        is_exact = key.startswith(prefixes) or (key.endswith(".A_logs") and is_fixed(value))
+        kept = value if is_exact or not half.isfinite().all() else half
+        state_dict[key] = kept.contiguous()
     metadata = {
         "model": checkpoint["model"],
         "model_args": json.dumps(checkpoint["model_args"]),

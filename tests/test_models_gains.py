@@ -210,7 +210,14 @@ def test_file_decodes_to_the_estimated_picture_at_its_quality(model, exact):
 
 
 @torch.no_grad()
-def test_quality_is_rounded_to_what_the_file_can_say(model, coder):
+def test_bytes_rise_with_every_step_of_the_quality(coder):
+    x = torch.rand(1, 3, 64, 64)
+    sizes = [len(coder.encode(x, quality)) for quality in range(0, 101, 5)]
+    assert sizes == sorted({*sizes})
+
+
+@torch.no_grad()
+def test_quality_is_rounded_to_what_the_file_can_say(coder):
     x = torch.rand(1, 3, 64, 64)
     data = coder.encode(x, 33.3333)
     assert container.unpack(data).quality == 33.33
