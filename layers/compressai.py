@@ -66,7 +66,6 @@ with warnings.catch_warnings():
 
 from compressai.entropy_models import EntropyBottleneck, EntropyModel, GaussianConditional
 from compressai.layers import AttentionBlock, conv1x1
-from compressai.losses import RateDistortionLoss
 from compressai.models import CompressionModel
 from compressai.models.utils import conv, deconv, remap_old_keys
 from compressai.ops import quantize_ste
@@ -78,7 +77,6 @@ __all__ = [
     "EntropyBottleneck",
     "EntropyModel",
     "GaussianConditional",
-    "RateDistortionLoss",
     "conv",
     "conv1x1",
     "deconv",

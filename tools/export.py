@@ -13,6 +13,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = utils.ArgumentParser(prog="python -m tools.export", description=__doc__)
     parser.add_argument("checkpoint", help="file that train.py saved")
     parser.add_argument("output", type=Path, help="file to write, *.safetensors")
+    parser.add_argument(
+        "--for-training",
+        action="store_true",
+        help="write the step, and the weights as they are trained in place of their running mean "
+        "(--ema): from them `train.py --continue_train --checkpoint OUTPUT` goes on elsewhere",
+    )
     args = parser.parse_args(argv)
     if args.output.suffix != ".safetensors":
         parser.error(f"the output must end in .safetensors, got {args.output}")
@@ -23,8 +29,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise utils.UsageError(
             f"{args.checkpoint} lacks {', '.join(sorted(missing))}; give a file that train.py saved"
         )
+    step = checkpoint.pop("step", None)  # of a file without it, a training starts at 0
+    if args.for_training:
+        if step is None or "net" not in checkpoint:
+            raise utils.UsageError(
+                f"{args.checkpoint} is of no training that goes on; give a run's latest checkpoint"
+            )
+        checkpoint |= {"state_dict": checkpoint["net"], "step": step}
     build_from_checkpoint(checkpoint, args.checkpoint)  # refuses what could not be loaded again
-    if save_weights(checkpoint, args.output):
+    if save_weights(checkpoint, args.output) and not args.for_training:
         print(
             "rounding to half precision changed the model's fingerprint: what was coded with "
             f"{args.checkpoint} decodes with that file only, not with {args.output}",
