@@ -265,9 +265,10 @@ def describe(data: bytes) -> str:
     stream = container.unpack(data)
     strings = len(stream.y) + len(stream.z)
     path = "exact" if stream.exact else "fast (same machine only)"
+    quality = "" if stream.quality is None else f"quality {stream.quality:g}, "
     return (
-        f"{describe_size(stream.width, stream.height, len(data))}, "
-        f"model {stream.fingerprint.hex()}, version {container.VERSION}, {path} entropy path, "
+        f"{describe_size(stream.width, stream.height, len(data))}, {quality}"
+        f"model {stream.fingerprint.hex()}, version {stream.version}, {path} entropy path, "
         f"y {len(stream.y)} bytes, z {len(stream.z)} bytes, header {len(data) - strings} bytes "
         f"with {len(stream.guards)} guards"
     )

@@ -1,6 +1,5 @@
 """Hyperprior codec with a channel-wise autoregressive entropy model, whatever its transforms."""
 
-import copy
 from collections.abc import Mapping
 
 import torch
@@ -11,7 +10,7 @@ from layers.compressai import CompressionModel, quantize_ste, remap_old_keys
 
 from .coding import Coder
 from .entropy import SlicePredictor
-from .gains import Gains, gains_at, scaled
+from .gains import Gains, gains_at, in_float64, scaled
 
 # Buffers whose size depends on training, not on the architecture.
 _TABLES = ("_quantized_cdf", "_cdf_length", "_offset", "scale_table")
@@ -194,7 +193,7 @@ class SliceHyperprior(CompressionModel):
             ValueError: the quality is out of range, or this network has a single rate.
         """
         # In float64, so that each weight is rounded once.
-        gain = gains_at(copy.deepcopy(self.gains).double(), quality)
+        gain = gains_at(in_float64(self.gains), quality)
         plain = type(self)(**{**self.config, "qualities": 0})
         plain.to(next(self.parameters()).device).train(self.training)
         plain.load_state_dict(

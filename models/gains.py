@@ -9,6 +9,7 @@ the vectors are part of the convolutions beside them, see `SliceHyperprior.at_qu
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -95,6 +96,11 @@ class Gains(nn.Module):
         gains = (near[:, :, None] * logs).sum(1).exp()
         Z = self.z_enc.shape[1]
         return GainVectors(*gains[:, :, None, None].split([M, M, Z, Z], dim=1))
+
+
+def in_float64(gains: Gains | None) -> Gains | None:
+    """A copy of a network's gains, if it has any, for coding and for folding."""
+    return gains and copy.deepcopy(gains).double()
 
 
 def gains_at(gains: Gains | None, quality: float | Tensor | None) -> GainVectors:
