@@ -203,7 +203,7 @@ class Step:
 
         # The only point at which the host waits for the device. A value that is not finite on
         # one process is so in the sum, and all decide alike.
-        wants_stop = norm.new_tensor(stop is not None and stop.is_set())
+        wants_stop = norm.new_full((), stop is not None and stop.is_set())  # a copy would wait
         sums = self.processes.sum(torch.stack([*measured, norm, wants_stop]))
         loss, bpp, mse, norm = (value / self.processes.world_size for value in sums[:4])
         is_finite = math.isfinite(loss) and math.isfinite(norm)

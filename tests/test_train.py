@@ -267,7 +267,10 @@ def test_run_goes_on_elsewhere_from_weights_and_step(flags, tmp_path):
     assert 0 < moved < 5e-3
     rates = [e.value for e in EventAccumulator(str(folder)).Reload().Scalars("train/lr")]
     assert rates == pytest.approx([1e-3, 2e-3])  # warms up once more
+    # Noise goes on, too, and a checkpoint of these steps warms up as they did.
     assert not torch.equal(there["rng"]["cpu"], here["rng"]["cpu"])
+    main(flags("there", *options, "--continue_train", "--warmup-steps", "3", steps=5))
+    assert "lr 1.50e-03" in (folder / "train.log").read_text()
     # From what is exported for use, a training starts at step 0.
     export.main([str(latest), str(piece)])
     main(flags("use", "--checkpoint", str(piece), "--continue_train", "--no-save", steps=1))
@@ -705,6 +708,25 @@ def test_network_of_all_rates_starts_from_one_of_a_single_rate(flags, tiny, tmp_
     single = str(tmp_path / "single" / "0.05" / "checkpoint_latest.pth.tar")
     with pytest.raises(UsageError, match="another qualities: it was None and is now 3"):
         main(flags("other", "--checkpoint", single, "--qualities", "3", "--continue_train"))
+
+
+def test_crops_are_rotated_and_grow_with_accumulated_batches(flags, monkeypatch):
+    """By step, of which each takes several batches."""
+    take_step, shapes, seen = train.Step.__call__, [], []
+
+    def spy(step, batches, *args):
+        shapes.append([tuple(pixels.shape) for pixels in batches])
+        seen.extend(pixels.clone() for pixels in batches)
+        return take_step(step, batches, *args)
+
+    monkeypatch.setattr(train.Step, "__call__", spy)
+    options = ["--accumulate", "2", "--patch-schedule", "32:0.5,64", "--no-save"]
+    main(flags("run", *options, "--rotate", steps=4))
+    assert shapes == [[(2, side, side, 3)] * 2 for side in (32, 32, 64, 64)]
+    rotated = seen[:]
+    seen.clear()
+    main(flags("run", *options, steps=4))
+    assert not all(map(torch.equal, seen, rotated))
 
 
 def test_each_sample_has_a_rate_of_its_own(tiny):
