@@ -179,6 +179,17 @@ class SliceHyperprior(CompressionModel):
         own = {key: value for key, value in self.state_dict().items() if key.startswith("gains.")}
         self.load_state_dict({**state_dict, **own})
 
+    @property
+    def scaled_layers(self) -> dict[str, str]:
+        """Convolutions that gains become part of at a fixed quality: name, field of the gain."""
+        return {
+            f"g_a.{len(self.g_a) - 1}": "y_enc",
+            "g_s.0": "y_dec",
+            f"h_a.{len(self.h_a) - 1}": "z_enc",
+            "h_mean_s.0": "z_dec",
+            "h_scale_s.0": "z_dec",
+        }
+
     @torch.no_grad()
     def at_quality(self, quality: float) -> "SliceHyperprior":
         """The single-rate network, with the published keys, that does the same at one quality.
@@ -199,15 +210,12 @@ class SliceHyperprior(CompressionModel):
         plain.load_state_dict(
             {key: v for key, v in self.state_dict().items() if not key.startswith("gains.")}
         )
-        for layer, factor in ((plain.g_a[-1], gain.y_enc), (plain.h_a[-1], gain.z_enc)):
-            layer.weight.copy_(layer.weight * factor.reshape(-1, 1, 1, 1))  # (out, in, k, k)
-            layer.bias.copy_(layer.bias * factor.flatten())
-        for layer, factor in (
-            (plain.g_s[0], gain.y_dec),
-            (plain.h_mean_s[0], gain.z_dec),
-            (plain.h_scale_s[0], gain.z_dec),
-        ):
-            layer.weight.copy_(layer.weight * factor.reshape(-1, 1, 1, 1))  # (in, out, k, k)
+        for name, field in self.scaled_layers.items():
+            layer, factor = plain.get_submodule(name), getattr(gain, field).flatten()
+            # Rows of a convolution's weight, columns of a transposed one's: (in, out, k, k).
+            layer.weight.copy_(layer.weight * factor[:, None, None, None])
+            if field.endswith("_enc"):
+                layer.bias.copy_(layer.bias * factor)
         return plain
 
     @classmethod

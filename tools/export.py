@@ -6,13 +6,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import utils
-from models.checkpoint import build_from_checkpoint, load_checkpoint, save_weights
+from models.checkpoint import build_from_checkpoint, check_rate, load_checkpoint, save_weights
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = utils.ArgumentParser(prog="python -m tools.export", description=__doc__)
     parser.add_argument("checkpoint", help="file that train.py saved")
     parser.add_argument("output", type=Path, help="file to write, *.safetensors")
+    parser.add_argument(
+        "--quality",
+        type=utils.quality,
+        metavar="Q",
+        help="write what a network of every rate is at this quality, 0 to 100: a network of a "
+        "single rate, with the published keys",
+    )
     parser.add_argument(
         "--for-training",
         action="store_true",
@@ -31,13 +38,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     step = checkpoint.pop("step", None)  # of a file without it, a training starts at 0
     if args.for_training:
-        if step is None or "net" not in checkpoint:
+        if step is None or "net" not in checkpoint or args.quality is not None:
             raise utils.UsageError(
-                f"{args.checkpoint} is of no training that goes on; give a run's latest checkpoint"
+                "--for-training needs a run's latest checkpoint, and no --quality; it got "
+                f"{args.checkpoint}"
             )
         checkpoint |= {"state_dict": checkpoint["net"], "step": step}
-    build_from_checkpoint(checkpoint, args.checkpoint)  # refuses what could not be loaded again
-    if save_weights(checkpoint, args.output) and not args.for_training:
+    # Refuses what could not be loaded again.
+    model = build_from_checkpoint(checkpoint, args.checkpoint)
+    exact = {}
+    if args.quality is not None:
+        check_rate(model, True, args.checkpoint, "--quality")
+        # At the precision of the gains: other weights of a shared file are rounded already.
+        exact = model.scaled_layers
+        lmbda = model.lmbda(args.quality)
+        print(f"quality {args.quality:g} is lambda {lmbda:.4f}", file=sys.stderr)
+        model = model.at_quality(args.quality)
+        checkpoint = {
+            "model": checkpoint["model"],
+            "model_args": model.config,
+            "state_dict": model.state_dict(),
+        }
+    is_for_coding = args.quality is None and not args.for_training
+    if save_weights(checkpoint, args.output, exact) and is_for_coding:
         print(
             "rounding to half precision changed the model's fingerprint: what was coded with "
             f"{args.checkpoint} decodes with that file only, not with {args.output}",

@@ -253,7 +253,10 @@ def training_batches(
     hand them from one process to another; others are read ahead by worker processes (0: none).
     """
     if isinstance(crops.pictures, CachedPictures):
-        yield map(crops.cut, sampler)
+        batches = map(crops.cut, sampler)
+        if pin_memory and not crops.pictures.pixels.is_cuda:
+            batches = (each._replace(pixels=each.pixels.pin_memory()) for each in batches)
+        yield batches
         return
     loader = _loader(
         crops, workers, batch_sampler=sampler, collate_fn=_collate, pin_memory=pin_memory

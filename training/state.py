@@ -297,9 +297,10 @@ class Run:
         try:
             self._restore(checkpoint, source)
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
             raise UsageError(
                 f"the run cannot go on from {source}, whose state does not fit or is damaged "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}); give a checkpoint that "
+                f"({type(error).__name__}: {reason}); give a checkpoint that "
                 "train.py saved, or leave out --continue_train to start anew from its weights"
             ) from None
         logger.info("going on at step %d", self.step)
