@@ -7,14 +7,12 @@ One for each GPU:    torchrun --nproc_per_node=G train.py --cuda -d ROOT ...
 import argparse
 import logging
 import math
-import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -27,16 +25,25 @@ import utils
 from kernels.graphs import GraphedGradients, GraphedUpdate
 from models.checkpoint import load_checkpoint
 from training import data, state
+from training.criterion import RateDistortionLoss, draw_qualities, rate_weight
+from training.crops import CropSampler, patch_schedule, scheduled_size
+from training.data import as_input
 from training.distributed import Processes
 from training.log import Measured, RunLog
-from training.optim import fix_A, lr_factor, make_optimizers
+from training.optim import (
+    first_cooldown_step,
+    fix_A,
+    lr_factor,
+    make_optimizers,
+    warmup_factor,
+)
 from training.precision import LowPrecision
+from training.validation import Validation, validate
 from utils import DataError, number, positive_int
 
 logger = logging.getLogger("mambavc")
 
 MAX_BAD_STEPS = 10  # non-finite steps in a row that end a run
-SHOWN_PICTURES = 3  # reconstructions that a validation keeps to be looked at
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -50,28 +57,42 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", choices=models.list_models(), help="default: mambavc")
     add("--N", type=positive_int, help="half the width of the transforms (default: the model's)")
     add("--M", type=positive_int, help="channels of the latents (default: the model's)")
+    add("--qualities", type=number(int, 2), metavar="K",
+        help="one network for all rates, with gains learnt at K qualities; each crop is trained at "
+        "a random one. With --checkpoint of a single rate it starts from those weights")
     add("--checkpoint", type=Path, metavar="FILE",
         help="start from the weights in FILE at step 0 (fine-tuning); with --continue_train go "
         "on from all of its state")
 
-    add = parser.add_argument_group("data").add_argument
+    group = parser.add_argument_group("data")
+    add, add_size = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("-d", "--dataset", type=Path, required=True, metavar="ROOT",
         help="folder with pictures in train/ and test/")
     add("--batch-size", type=positive_int, default=8, help="of one process (default: 8)")
     add("--test-batch-size", type=positive_int, default=1,
         help="test pictures are taken whole, as many of one size together (default: 1)")
-    add("--patch-size", type=positive_int, nargs=2, default=[256, 256], metavar=("H", "W"),
+    add_size("--patch-size", type=positive_int, nargs=2, default=[256, 256], metavar=("H", "W"),
         help="of the random crops (default: 256 256)")
+    add_size("--patch-schedule", type=patch_schedule, metavar="SIDE:UNTIL,...,SIDE",
+        help="square crops that grow: 128:0.8,256 is 128x128 for 0.8 of the run, then 256x256; "
+        "UNTIL above 1 is a step")
+    add("--rotate", action="store_true",
+        help="turn crops by a random number of quarters; flips there are always")
     add("-n", "--num-workers", type=number(int, 0), default=4,
         help="processes that read pictures, at most the CPUs there are (default: 4)")
-    add("--cache", action="store_true", help="decode all pictures once and keep them in memory")
+    add("--cache", action="store_true",
+        help="decode all pictures once and keep them, on the GPU if they fit in a quarter of its "
+        "memory, where crops are then cut without workers")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--lambda", dest="lmbda", type=positive_float, default=0.05,
-        help="weight of the distortion against the rate (default: 0.05)")
+    add("--lambda", dest="lmbda", type=positive_float,
+        help="weight of the distortion against the rate (default: 0.05); not with --qualities, "
+        "which have theirs")
     add("--type", choices=["mse", "ms-ssim"], default="mse", help="distortion (default: mse)")
     add("-e", "--epochs", type=positive_int, default=500, help="default: 500")
     add("--max-steps", type=positive_int, help="length of the run in steps, in place of --epochs")
+    add("--max-minutes", type=positive_float, metavar="T",
+        help="save and stop T minutes after the start, to go on with --continue_train")
     add("--optimizer", choices=["adam", "muon"], default="adam",
         help="muon: orthogonalised momentum for matrices and kernels, Adam for the rest")
     add("-lr", "--learning-rate", type=positive_float,
@@ -81,11 +102,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--compile)")
     add("--aux-learning-rate", type=positive_float, default=1e-3,
         help="of the entropy bottleneck's quantiles (default: 1e-3)")
-    add("--schedule", choices=["multistep", "cosine"], default="multistep",
-        help="multistep: a tenth from each epoch of --lr_epoch on; cosine: down to zero at the end")
+    add("--schedule", choices=["multistep", "cosine", "wsd"], default="multistep",
+        help="multistep: a tenth from each epoch of --lr_epoch on; cosine: down to zero at the "
+        "end; wsd: constant, then a cool-down to zero. A wsd run that is made longer goes on from "
+        "before its cool-down")
+    add("--cooldown-steps", type=number(float, 0), default=0.2, metavar="N",
+        help="of wsd, at the end; below 1: a fraction of the run (default: 0.2)")
+    add("--cooldown-shape", choices=["1-sqrt", "linear"], default="1-sqrt",
+        help="of wsd (default: 1-sqrt, which falls fast at first)")
     add("--lr_epoch", type=positive_int, nargs="+", default=[450, 490], help="default: 450 490")
     add("--warmup-steps", type=number(int, 0), default=0,
-        help="the learning rate rises linearly over these first (default: 0)")
+        help="the learning rate rises linearly over these, at first and where optimisers start "
+        "anew (default: 0)")
     add("--clip_max_norm", type=number(float, 0), default=1.0,
         help="largest norm of the gradient; 0: any (default: 1)")
     add("--accumulate", type=positive_int, default=1, metavar="K",
@@ -108,7 +136,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("output").add_argument
     add("--save_path", type=Path, default=Path("runs"), metavar="DIR",
-        help="the run's folder is DIR/<lambda> (default: runs)")
+        help="the run's folder is DIR/<lambda>, or DIR/variable with --qualities (default: runs)")
     add("--save", action=argparse.BooleanOptionalAction, default=True, help="write checkpoints")
     add("--continue_train", action="store_true",
         help="go on from the run's latest checkpoint, from --checkpoint if it has none yet")
@@ -117,11 +145,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--log-every", type=positive_int, default=50, metavar="STEPS", help="default: 50")
     # fmt: on
     args = parser.parse_args(argv)
-    if args.type == "ms-ssim" and min(args.patch_size) < utils.MS_SSIM_MIN_SIDE:
+    if args.patch_schedule is None:
+        args.patch_schedule = [(tuple(args.patch_size), math.inf)]
+    smallest = min((size for size, _ in args.patch_schedule), key=min)
+    if args.type == "ms-ssim" and min(smallest) < utils.MS_SSIM_MIN_SIDE:
         parser.error(
             f"--type ms-ssim needs a --patch-size of at least {utils.MS_SSIM_MIN_SIDE}, "
-            f"got {args.patch_size[0]} {args.patch_size[1]}"
+            f"got {smallest[0]} {smallest[1]}"
         )
+    if args.qualities and (args.lmbda or args.type == "ms-ssim"):
+        parser.error("--qualities has lambdas of its own, for --type mse: leave out --lambda")
+    if args.lmbda is None and not args.qualities:
+        args.lmbda = 0.05
     others = args.accumulate > 1 or args.grad_checkpoint or args.type == "ms-ssim"
     if args.cuda_graph and (others or not args.cuda):
         parser.error(
@@ -132,18 +167,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def as_input(pixels: Tensor) -> Tensor:
-    """uint8 (batch, height, width, 3) as float32 (batch, 3, height, width) in [0, 1]."""
-    return pixels.permute(0, 3, 1, 2).float().div_(255)  # this order is called channels last
-
-
 @dataclass
 class Step:
     """One step of the optimisers: forward and backward passes, clipping, update.
 
     Args:
         model: the network, in training mode, on its device.
-        criterion: CompressAI's `RateDistortionLoss`.
+        criterion: `RateDistortionLoss`.
         net_optimizers, aux_optimizer: see `make_optimizers`.
         processes: that average their gradients.
         amp: run the network in bfloat16 where autocast does.
@@ -184,7 +214,7 @@ class Step:
 
         # The only point at which the host waits for the device. A value that is not finite on
         # one process is so in the sum, and all decide alike.
-        wants_stop = norm.new_tensor(stop is not None and stop.is_set())
+        wants_stop = norm.new_full((), stop is not None and stop.is_set())  # a copy would wait
         sums = self.processes.sum(torch.stack([*measured, norm, wants_stop]))
         loss, bpp, mse, norm = (value / self.processes.world_size for value in sums[:4])
         is_finite = math.isfinite(loss) and math.isfinite(norm)
@@ -204,10 +234,15 @@ class Step:
         # Processes average their gradients in the backward pass of the last part.
         alone = nullcontext() if last or self.net is self.model else self.net.no_sync()
         with alone:
+            quality, of_rate = None, ()
             with amp, self.processes.global_draws():
-                output = self.forward(x)
+                if self.model.qualities:
+                    quality = draw_qualities(len(x), x.device)
+                    lmbda = self.model.lmbda(quality)
+                    of_rate = lmbda, rate_weight(lmbda)
+                output = self.forward(x, quality)
             output["x_hat"] = output["x_hat"].float()
-            terms = self.criterion(output, x)
+            terms = self.criterion(output, x, *of_rate)
             loss = terms["loss"] / parts
             if last:
                 # It reaches the quantiles only and the loss reaches everything else: after one
@@ -231,57 +266,6 @@ class Step:
         return measured
 
 
-class Validation(NamedTuple):
-    """What a validation found."""
-
-    means: dict[str, float]  # loss, bpp, psnr and, of large pictures, ms-ssim; empty if unfinished
-    pictures: list[tuple[Tensor, Tensor]]  # some x and x_hat, (3, height, width)
-    stopped: bool  # by a signal to some process
-    failures: list[str]  # such as too little memory for a picture
-
-
-@torch.no_grad()
-def validate(
-    model: nn.Module,
-    batches: Iterable[Tensor],
-    criterion: nn.Module,
-    processes: Processes,
-    stop: threading.Event,
-) -> Validation:
-    """Measure the test pictures, which the processes share, in float32."""
-    rows: list[dict[str, float | None]] = []  # one for each picture
-    shown: list[tuple[Tensor, Tensor]] = []
-    failures: list[str] = []
-    try:
-        for pixels in batches:
-            if stop.is_set():
-                break
-            count, height, width = pixels.shape[:3]
-            with utils.data_errors(f"validation on {count} picture(s) of {width}x{height}"):
-                x = as_input(pixels.to(processes.device, non_blocking=True))
-                output = model(x)
-                terms = criterion(output, x)
-                of_batch = {"loss": terms["loss"].item(), "bpp": terms["bpp_loss"].item()}
-                for original, x_hat in zip(x, output["x_hat"], strict=True):
-                    row = {**of_batch, "psnr": math.nan, "ms-ssim": None}
-                    if x_hat.isfinite().all():
-                        row["psnr"] = utils.psnr(x_hat, original)
-                        row["ms-ssim"] = utils.ms_ssim(x_hat[None], original[None])
-                        shown.append((original, x_hat))
-                    rows.append(row)
-                del shown[SHOWN_PICTURES:]
-    except DataError as error:
-        failures.append(str(error))
-    rows, failures = processes.gather(rows), processes.gather(failures)
-    stopped = any(processes.gather([stop.is_set()]))
-    means = {}
-    for key in rows[0] if rows and not failures and not stopped else ():
-        values = [row[key] for row in rows if row[key] is not None]
-        if values:
-            means[key] = statistics.fmean(values)
-    return Validation(means, shown, stopped, failures)
-
-
 def train(
     run: state.Run,
     take_step: Step,
@@ -292,6 +276,7 @@ def train(
     total_steps: int,
     val_every: int,
     save_every: int,
+    cooldown_start: float,
     log: RunLog,
     stop: threading.Event,
 ) -> bool:
@@ -302,6 +287,8 @@ def train(
         batches: of which a step takes ``accumulate``.
         learning_rate: of a step, from 0.
         judge: validates a network.
+        cooldown_start: step at which the learning rate leaves its constant, infinite if it has
+            none; the state there is kept.
 
     Raises:
         DataError: too many steps in a row were not finite, a validation failed, or the last state
@@ -332,6 +319,8 @@ def train(
             raise DataError(f"{failures[0]}; {advice} from step {run.step}")
         if ends:
             return stopped
+        if run.step >= cooldown_start and run.cooldown_from is None:
+            run.start_cooldown()
 
         start = time.perf_counter()
         parts = [next(batches) for _ in range(accumulate)]
@@ -347,7 +336,7 @@ def train(
         if measured.is_finite:
             bad_steps = 0
             if run.ema:
-                run.ema.update(run.model, run.step + 1)
+                run.update_ema()
         else:
             bad_steps += 1
             names = [name for part in parts for name in part.names if measured.suspect]
@@ -364,25 +353,30 @@ def train(
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    from layers.compressai import RateDistortionLoss  # after --help, which need not wait for it
+    start_time = time.monotonic()
 
     with ExitStack() as stack:
         processes = stack.enter_context(Processes(args.cuda))
-        folder = args.save_path / f"{args.lmbda:g}"
+        folder = args.save_path / ("variable" if args.qualities else f"{args.lmbda:g}")
         stack.enter_context(state.own_folder(folder, processes))
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
 
         source = state.find_checkpoint(folder, args.checkpoint, args.continue_train)
         checkpoint = load_checkpoint(source) if source else None
-        workers = data.capped_workers(args.num_workers, processes)
+        workers = 0 if args.cache else data.capped_workers(args.num_workers, processes)
         pictures, test_pictures = data.open_dataset(args.dataset, args.cache, processes)
         global_batch = args.batch_size * args.accumulate * processes.world_size
         epoch_steps = len(pictures) / global_batch
         total_steps = args.max_steps or math.ceil(args.epochs * epoch_steps)
+        cooldown_start = math.inf
+        if args.schedule == "wsd":
+            cooldown_start = first_cooldown_step(total_steps, args.cooldown_steps)
+            if checkpoint is not None and args.continue_train:
+                checkpoint, source = state.before_cooldown(checkpoint, source, cooldown_start)
 
         utils.seed_everything(args.seed)
-        wanted = {"model": args.model, "N": args.N, "M": args.M}
+        wanted = {"model": args.model, "N": args.N, "M": args.M, "qualities": args.qualities}
         name, model = state.build_model(wanted, checkpoint, source, processes.device)
         if args.fixed_A:
             fix_A(model)
@@ -401,10 +395,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         step = Step(model, criterion, *optimizers, processes, amp, clip, args.cuda_graph)
         run.keep_earlier_checkpoints()  # under other names, now that all processes have read them
 
-        crops = data.Crops(pictures, args.patch_size, args.seed)
+        def patch_size(batch: int) -> tuple[int, int]:
+            step = batch // args.accumulate
+            return scheduled_size(args.patch_schedule, step, total_steps)
+
+        crops = data.Crops(pictures, args.seed, args.rotate)
         start = run.step * args.accumulate
-        sampler = data.CropSampler(
-            len(pictures), args.batch_size, args.seed, start, *processes.place
+        sampler = CropSampler(
+            len(pictures), args.batch_size, patch_size, args.seed, start, *processes.place
         )
         batches = stack.enter_context(data.training_batches(crops, sampler, workers, args.cuda))
         min_side = utils.MS_SSIM_MIN_SIDE if args.type == "ms-ssim" else 1
@@ -412,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             test_pictures, args.test_batch_size, workers, *processes.place, min_side
         )
 
-        stop = stack.enter_context(state.sigterm())
+        stop = stack.enter_context(state.stop_event(args.max_minutes, start_time))
         log = stack.enter_context(RunLog(folder, run, total_steps, args.log_every, processes))
 
         def judge(network: nn.Module) -> Validation:
@@ -425,8 +423,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         def learning_rate(step: int) -> float:
             milestones = [epoch * epoch_steps for epoch in args.lr_epoch]
-            factor = lr_factor(step, args.schedule, total_steps, milestones, args.warmup_steps)
-            return args.learning_rate * factor
+            warm_up = warmup_factor(step - run.fresh_from, args.warmup_steps)
+            cooldown = max(cooldown_start, run.cooldown_from or 0), args.cooldown_shape
+            factor = lr_factor(step, args.schedule, total_steps, milestones, *cooldown)
+            return args.learning_rate * warm_up * factor
 
         stopped = train(
             run,
@@ -438,10 +438,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             total_steps,
             args.val_every or math.ceil(epoch_steps),
             args.save_every or math.ceil(epoch_steps),
+            cooldown_start,
             log,
             stop,
         )
-    logger.info("%s at step %d", "stopped by SIGTERM" if stopped else "done", run.step)
+    logger.info("%s at step %d", "stopped" if stopped else "done", run.step)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,6 @@ with warnings.catch_warnings():
 
 from compressai.entropy_models import EntropyBottleneck, EntropyModel, GaussianConditional
 from compressai.layers import conv1x1, conv3x3
-from compressai.losses import RateDistortionLoss
 from compressai.models import CompressionModel
 from compressai.models.utils import conv, deconv, remap_old_keys
 from compressai.registry import register_model
@@ -76,7 +75,6 @@ __all__ = [
     "EntropyBottleneck",
     "EntropyModel",
     "GaussianConditional",
-    "RateDistortionLoss",
     "conv",
     "conv1x1",
     "conv3x3",

@@ -78,11 +78,14 @@ def _load_weights(path: Path) -> dict:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
     state_dict = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
     model_args = json.loads(metadata["model_args"])
-    return {"model": metadata["model"], "model_args": model_args, "state_dict": state_dict}
+    checkpoint = {"model": metadata["model"], "model_args": model_args, "state_dict": state_dict}
+    if "step" in metadata:
+        checkpoint["step"] = int(metadata["step"])
+    return checkpoint
 
 
 def save_weights(checkpoint: dict, path: Path, exact: Iterable[str] = ()) -> bool:
-    """Write a checkpoint's weights, tables and configuration as a safetensors file.
+    """Write a checkpoint's weights, tables, configuration and any step as a safetensors file.
 
     Weights are rounded to half precision, but for tensors that hold a value beyond its range
     (65,504). The entropy models, which are small, are kept as they are, because their tables were
@@ -118,6 +121,8 @@ def save_weights(checkpoint: dict, path: Path, exact: Iterable[str] = ()) -> boo
         "model": checkpoint["model"],
         "model_args": json.dumps(checkpoint["model_args"]),
     }
+    if "step" in checkpoint:
+        metadata["step"] = str(checkpoint["step"])
     with atomic_write(path) as temporary:
         # Its function that writes files puts new ones, which others cannot read, in their place.
         temporary.write_bytes(save(state_dict, metadata))

@@ -88,3 +88,9 @@ def test_weights_that_could_not_be_loaded_are_refused(tmp_path, checkpoint):
         with pytest.raises(UsageError, match=r"x\.pth\.tar"):
             export.main([str(tmp_path / "x.pth.tar"), str(tmp_path / "x.safetensors")])
     assert not (tmp_path / "x.safetensors").exists()
+
+
+def test_what_no_training_goes_on_from_is_refused(tmp_path, checkpoint):
+    output = str(tmp_path / "x.safetensors")
+    with pytest.raises(UsageError, match="--for-training needs a run's latest checkpoint"):
+        export.main([checkpoint, output, "--for-training"])

@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from compressai.losses import RateDistortionLoss
 from conftest import SHALLOW
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -23,10 +22,13 @@ import train
 import utils
 from layers import DropPath
 from models import checkpoint as checkpoint_file
+from tools import export
 from train import main
 from training import data as training_data
 from training import state
+from training.criterion import RateDistortionLoss
 from training.distributed import GlobalDraws, Processes
+from training.optim import make_optimizers
 from utils import DataError, UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -76,20 +78,21 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture
 def flags(data, tiny, tmp_path):
-    """Build a command line; its run goes to tmp_path/NAME/0.05."""
+    """Build a command line; its run goes to tmp_path/NAME/0.05, or NAME/variable."""
 
     def build(name, *more, steps=4):
         command = ["-d", data, "--checkpoint", tiny, "--save_path", tmp_path / name, "-n", 0]
-        command += ["--lambda", 0.05, "--batch-size", 2, "--patch-size", 64, 64]
-        command += ["--max-steps", steps, "--log-every", 1, *more]
+        command += ["--batch-size", 2, "--max-steps", steps, "--log-every", 1, *more]
+        if "--patch-schedule" not in more:
+            command += ["--patch-size", 64, 64] if "--patch-size" not in more else []
         return [str(part) for part in command]
 
     return build
 
 
 def load(run, name="latest"):
-    path = run / "0.05" / f"checkpoint_{name}.pth.tar"
-    return torch.load(path, map_location="cpu", weights_only=True)
+    folder = run / ("variable" if (run / "variable").exists() else "0.05")
+    return torch.load(folder / f"checkpoint_{name}.pth.tar", map_location="cpu", weights_only=True)
 
 
 def assert_same_run(a, b):
@@ -163,11 +166,22 @@ utils.run_main(train.main)
 """
 
 
-def test_killed_run_ends_as_one_that_never_was(flags, tmp_path):
+RECIPES = {
+    "cosine": ["--accumulate", "2", "--schedule", "cosine", "--warmup-steps", "2", "-n", "1"],
+    # The rate falls from step 2 on; crops grow before and after the kill.
+    "variable": [
+        *("--qualities", "3", "--rotate", "--cache", "--patch-schedule", "32:2,64:4,128"),
+        *("--schedule", "wsd", "--cooldown-steps", "4"),
+    ],
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_killed_run_ends_as_one_that_never_was(flags, tmp_path, recipe):
     """SIGKILL in the middle of the second checkpoint, in the middle of an epoch."""
-    options = ["--save-every", "2", "--val-every", "3", "-n", "1", "--ema", "0.5"]
-    options += ["--accumulate", "2", "--optimizer", "muon", "--schedule", "cosine"]
-    options += ["--warmup-steps", "2"]
+    options = ["--save-every", "2", "--val-every", "3", "--ema", "0.5"]
+    options += ["--optimizer", "muon", *RECIPES[recipe]]
+    folder = tmp_path / "killed" / ("variable" if recipe == "variable" else "0.05")
     main(flags("whole", *options, steps=6))
 
     killed = run_script(
@@ -175,7 +189,6 @@ def test_killed_run_ends_as_one_that_never_was(flags, tmp_path):
         *flags("killed", *options, "--continue_train", steps=6),
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    folder = tmp_path / "killed" / "0.05"
     assert list(folder.glob(".checkpoint*")), "it was not killed while it wrote"
     assert load(tmp_path / "killed")["step"] == 3  # saved for its validation loss
 
@@ -185,6 +198,83 @@ def test_killed_run_ends_as_one_that_never_was(flags, tmp_path):
     assert_same_run(load(tmp_path / "killed"), load(tmp_path / "whole"))
     ema, whole_ema = load(tmp_path / "killed")["ema"], load(tmp_path / "whole")["ema"]
     torch.testing.assert_close(ema, whole_ema, rtol=0, atol=0)
+
+
+def test_longer_run_goes_on_from_before_its_cooldown(flags, tmp_path):
+    """As if there had been none; what it led to is kept."""
+    options = ["--schedule", "wsd", "--cooldown-steps", "2", "--learning-rate", "1e-3"]
+    main(flags("whole", *options, steps=6))
+    main(flags("pieces", *options, steps=4))
+    folder = tmp_path / "pieces" / "0.05"
+    cooled = load(tmp_path / "pieces")
+    assert (cooled["step"], cooled["cooldown_from"]) == (4, 2)
+    assert load(tmp_path / "pieces", "stable")["step"] == 2
+    # The same command goes on in its cool-down, or has nothing to do.
+    main(flags("pieces", *options, "--continue_train", steps=4))
+    assert_same_run(load(tmp_path / "pieces"), cooled)
+
+    main(flags("pieces", *options, "--continue_train", steps=6))
+    assert (
+        "going back to before the cool-down that began at step 2"
+        in (folder / "train.log").read_text()
+    )
+    assert_same_run(load(tmp_path / "pieces"), load(tmp_path / "whole"))
+    assert load(tmp_path / "pieces", "stable")["step"] == 4
+    (kept,) = folder.glob("*-checkpoint_latest.pth.tar")
+    assert_same_run(torch.load(kept, weights_only=True), cooled)
+    (kept,) = folder.glob("*-checkpoint_best.pth.tar")
+    assert torch.load(kept, weights_only=True)["best_loss"] == cooled["best_loss"]
+
+
+def test_run_killed_after_it_went_back_goes_on_from_there(flags, tmp_path):
+    options = ["--schedule", "wsd", "--cooldown-steps", "1", "--continue_train"]
+    main(flags("run", *options, steps=2))
+    folder = tmp_path / "run" / "0.05"
+    (folder / "checkpoint_latest.pth.tar").rename(folder / "kept")
+    main(flags("run", *options, steps=3))
+    assert "going on at step 1" in (folder / "train.log").read_text()
+    assert load(tmp_path / "run")["step"] == 3
+
+
+def test_cooldown_may_come_at_any_point_of_a_run(flags, tmp_path):
+    """Also one that should have begun before the step where the run stands."""
+    options = ["--schedule", "wsd", "--learning-rate", "1e-3", "--cooldown-shape", "linear"]
+    main(flags("run", *options, "--cooldown-steps", "0", steps=2))
+    assert not list((tmp_path / "run" / "0.05").glob("checkpoint_stable*"))
+    main(flags("run", *options, "--cooldown-steps", "3", "--continue_train", steps=4))
+    assert load(tmp_path / "run", "stable")["step"] == 2
+    events = EventAccumulator(str(tmp_path / "run" / "0.05")).Reload()
+    rates = [event.value for event in events.Scalars("train/lr")]
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 0.5e-3])
+
+
+def test_run_goes_on_elsewhere_from_weights_and_step(flags, tmp_path):
+    """In another folder, with optimisers that start anew, and crops that follow."""
+    options = ["--optimizer", "muon", "--warmup-steps", "1"]
+    main(flags("here", *options, "--ema", "0.9", steps=2))
+    latest = tmp_path / "here" / "0.05" / "checkpoint_latest.pth.tar"
+    piece = tmp_path / "piece.safetensors"
+    export.main([str(latest), str(piece), "--for-training"])
+    main(flags("there", *options, "--checkpoint", str(piece), "--continue_train", steps=4))
+    folder = tmp_path / "there" / "0.05"
+    log = (folder / "train.log").read_text()
+    assert "holds weights only: going on at step 2, with optimisers that start anew" in log
+    assert "step 3/4" in log
+    there, here = load(tmp_path / "there"), load(tmp_path / "here")
+    assert (there["step"], there["fresh_from"]) == (4, 2)
+    # Two steps of at most 2e-3, from weights that half precision moved by 1/2,048 of about 1.
+    moved = (there["net"]["g_a.0.weight"] - here["net"]["g_a.0.weight"]).abs().max()
+    assert 0 < moved < 5e-3
+    rates = [e.value for e in EventAccumulator(str(folder)).Reload().Scalars("train/lr")]
+    assert rates == pytest.approx([1e-3, 2e-3])  # warms up once more
+    # Noise goes on, too, and a checkpoint of these steps warms up as they did.
+    assert not torch.equal(there["rng"]["cpu"], here["rng"]["cpu"])
+    main(flags("there", *options, "--continue_train", "--warmup-steps", "3", steps=5))
+    assert "lr 1.50e-03" in (folder / "train.log").read_text()
+    # From what is exported for use, a training starts at step 0.
+    export.main([str(latest), str(piece)])
+    main(flags("use", "--checkpoint", str(piece), "--continue_train", "--no-save", steps=1))
+    assert "starting at step 0" in (tmp_path / "use" / "0.05" / "train.log").read_text()
 
 
 def test_run_goes_on_on_another_kind_of_device(flags, tmp_path):
@@ -199,6 +289,16 @@ def test_run_goes_on_on_another_kind_of_device(flags, tmp_path):
     moved, whole = load(tmp_path / "moved"), load(tmp_path / "whole")
     torch.testing.assert_close(moved["optimizers"], whole["optimizers"], rtol=0, atol=0)
     torch.testing.assert_close(moved["aux_optimizer"], whole["aux_optimizer"], rtol=0, atol=0)
+
+
+def test_run_stops_when_its_minutes_are_over(flags, tmp_path):
+    main(flags("run", "--max-minutes", "1e-9", steps=1000))
+    assert load(tmp_path / "run")["step"] == 1
+    log = (tmp_path / "run" / "0.05" / "train.log").read_text()
+    assert "--max-minutes 1e-09 are over" in log
+    assert "stopped at step 1" in log
+    main(flags("run", "--max-minutes", "60", "--continue_train", steps=2))
+    assert load(tmp_path / "run")["step"] == 2
 
 
 @pytest.mark.parametrize("val_every", ["2", "3"])
@@ -413,8 +513,8 @@ def poison(monkeypatch, is_bad):
     """Make the loss of the n-th batch (from 0) NaN where is_bad(n)."""
     forward, count = RateDistortionLoss.forward, iter(range(1000))
 
-    def poisoned(criterion, output, target):
-        terms = forward(criterion, output, target)
+    def poisoned(criterion, *args):
+        terms = forward(criterion, *args)
         if torch.is_grad_enabled() and is_bad(next(count)):
             terms["loss"] = terms["loss"] * math.nan
         return terms
@@ -510,6 +610,12 @@ def test_best_checkpoint_survives_a_disk_that_was_full_for_the_latest(flags, tmp
         (["--seed", "4294967296"], "expected an integer of at least 0 and below 4294967296"),
         (["--cuda", "--cuda-graph", "--grad-checkpoint"], "no --accumulate or --grad-checkpoint"),
         (["--ema", "1"], "below 1, got '1'"),
+        (
+            ["--patch-size", "64", "64", "--patch-schedule", "64"],
+            "--patch-schedule: not allowed with argument --patch-size",
+        ),
+        (["--qualities", "3", "--lambda", "0.01"], "--qualities has lambdas of its own"),
+        (["--qualities", "1"], "expected an integer of at least 2, got '1'"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--model", "nothing"], "invalid choice: 'nothing'"),
         (["--type", "ms-ssim"], "--patch-size of at least 161, got 64 64"),
@@ -605,6 +711,85 @@ def test_run_does_not_go_on_with_another_kind_of_A(flags, tmp_path):
     main(flags("trained", "--continue_train", steps=2))
 
 
+@pytest.mark.parametrize("key", ["args", "net", "optimizers", "rng"])
+def test_damaged_state_is_a_usage_error(flags, tmp_path, key):
+    main(flags("run", steps=1))
+    state = load(tmp_path / "run")
+    torch.save({**state, key: {}}, tmp_path / "run" / "0.05" / "checkpoint_latest.pth.tar")
+    with pytest.raises(UsageError, match=r"cannot go on from .*latest.pth.tar, whose state does"):
+        main(flags("run", "--continue_train", steps=2))
+
+
+def test_network_of_all_rates_starts_from_one_of_a_single_rate(flags, tiny, tmp_path):
+    main(flags("run", "--qualities", "3", "--learning-rate", "1e-5", steps=1))
+    start = torch.load(tiny, weights_only=True)["state_dict"]
+    end = load(tmp_path / "run")
+    assert (end["net"]["g_a.0.weight"] - start["g_a.0.weight"]).abs().max() < 2e-5
+    assert end["model_args"]["qualities"] == 3
+    (entry,) = end["history"]
+    losses = [entry[f"lambda_{lmbda}/loss"] for lmbda in ("0.0035", "0.013", "0.05")]
+    weights = [(0.013 / lmbda) ** 0.5 for lmbda in (0.0035, 0.013, 0.05)]
+    expected = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / 3
+    assert entry["loss"] == pytest.approx(expected)
+    assert entry["bpp"] == pytest.approx(
+        sum(entry[f"lambda_{lmbda}/bpp"] for lmbda in ("0.0035", "0.013", "0.05")) / 3
+    )
+    log = (tmp_path / "run" / "variable" / "train.log").read_text()
+    assert f"validation at step 1, lambda 0.013: loss {losses[1]:.4f}" in log
+
+    latest = str(tmp_path / "run" / "variable" / "checkpoint_latest.pth.tar")
+    with pytest.raises(UsageError, match="network of all rates; add --qualities 3"):
+        main(flags("other", "--checkpoint", latest))
+    with pytest.raises(UsageError, match="--qualities 4 does not fit the checkpoint"):
+        main(flags("other", "--checkpoint", latest, "--qualities", "4"))
+    main(flags("single", steps=1))
+    single = str(tmp_path / "single" / "0.05" / "checkpoint_latest.pth.tar")
+    with pytest.raises(UsageError, match="another qualities: it was None and is now 3"):
+        main(flags("other", "--checkpoint", single, "--qualities", "3", "--continue_train"))
+
+
+def test_crops_are_rotated_and_grow_with_accumulated_batches(flags, monkeypatch):
+    """By step, of which each takes several batches."""
+    take_step, shapes, seen = train.Step.__call__, [], []
+
+    def spy(step, batches, *args):
+        shapes.append([tuple(pixels.shape) for pixels in batches])
+        seen.extend(pixels.clone() for pixels in batches)
+        return take_step(step, batches, *args)
+
+    monkeypatch.setattr(train.Step, "__call__", spy)
+    options = ["--accumulate", "2", "--patch-schedule", "32:0.5,64", "--no-save"]
+    main(flags("run", *options, "--rotate", steps=4))
+    assert shapes == [[(2, side, side, 3)] * 2 for side in (32, 32, 64, 64)]
+    rotated = seen[:]
+    seen.clear()
+    main(flags("run", *options, steps=4))
+    assert not all(map(torch.equal, seen, rotated))
+
+
+def test_each_sample_has_a_rate_of_its_own(tiny):
+    """Weighted so that all rates pull alike; drawn anew by each step."""
+    torch.manual_seed(0)
+    model = models.build_model("mambavc", **SHALLOW, qualities=3)
+    seen = []
+    criterion = RateDistortionLoss()
+
+    def spy(output, x, lmbda, weight):
+        seen.append(lmbda)
+        assert torch.equal(weight, (0.013 / lmbda) ** 0.5)
+        return criterion(output, x, lmbda, weight)
+
+    step = train.Step(model, spy, *make_optimizers(model, "adam", 0.0, 0.0), Processes(cuda=False))
+    for _ in range(2):
+        assert step([torch.zeros(8, 64, 64, 3, dtype=torch.uint8)]).is_finite
+    drawn = torch.cat(seen)
+    assert len(drawn.unique()) == 16
+    assert drawn.min() < 0.01 < 0.02 < drawn.max()
+    lowest, highest = model.config["lmbda_range"]
+    assert lowest <= drawn.min()
+    assert drawn.max() <= highest
+
+
 def test_second_run_in_a_folder_is_refused(flags, tmp_path, capfd):
     folder = tmp_path / "run" / "0.05"
     with state.own_folder(folder, Processes(cuda=False)):
@@ -655,7 +840,7 @@ def test_weights_of_a_run_started_anew_in_its_folder_are_kept(flags, tmp_path):
     """The checkpoint to go on from holds weights only, so the run starts at step 0."""
     main(flags("run", steps=2))
     folder = tmp_path / "run" / "0.05"
-    weights = {k: v for k, v in load(tmp_path / "run").items() if k not in ("optimizers", "net")}
+    weights = {k: load(tmp_path / "run")[k] for k in ("model", "model_args", "state_dict")}
     torch.save(weights, folder / "weights.pth.tar")
     options = ["--checkpoint", str(folder / "weights.pth.tar"), "--continue_train"]
     main(flags("run", *options, steps=1))
@@ -809,12 +994,14 @@ def test_compiled_transforms_are_used_in_training_only(flags, tmp_path, monkeypa
 class OneWeight(torch.nn.Module):
     """A codec of one weight, whose gradients are known: x_hat = w x, aux loss = (q - 1)^2."""
 
+    qualities = 0
+
     def __init__(self):
         super().__init__()
         self.w = torch.nn.Parameter(torch.tensor(0.5))
         self.q = torch.nn.Parameter(torch.tensor(3.0))
 
-    def forward(self, x):
+    def forward(self, x, quality):
         return {"x_hat": self.w * x}
 
     def aux_loss(self):

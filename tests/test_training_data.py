@@ -8,14 +8,9 @@ import torch
 from PIL import Image
 
 import utils
-from training.data import (
-    Crops,
-    CropSampler,
-    Pictures,
-    WholePictures,
-    pad_to,
-    training_batches,
-)
+from training import data
+from training.crops import CropKey, CropSampler
+from training.data import CachedPictures, Crops, Pictures, WholePictures, pad_to, training_batches
 
 
 def write_pictures(folder, sizes, seed=0):
@@ -33,6 +28,10 @@ def files(tmp_path):
     return write_pictures(tmp_path / "pictures", [(40, 50), (33, 70), (64, 64), (5, 9), (1, 1)])
 
 
+def sampler(num_pictures, size=(16, 24), **kwargs):
+    return CropSampler(num_pictures, patch_size=lambda batch: size, seed=0, **kwargs)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (5, 9), (40, 7)])
 def test_small_pictures_are_reflected(size):
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -45,89 +44,81 @@ def test_small_pictures_are_reflected(size):
     assert {tuple(p) for p in padded.reshape(-1, 3)} == {tuple(p) for p in pixels.reshape(-1, 3)}
 
 
-def test_crops_depend_on_seed_and_key_only(files):
-    crops = Crops(Pictures(files), (16, 24), seed=3)
-    again = Crops(Pictures(files, cache_threads=2), (16, 24), seed=3)
-    keys = [(epoch, index) for epoch in range(3) for index in range(len(files))]
-    first = {key: crops[key].pixels for key in keys}
-    assert all(torch.equal(again[key].pixels, first[key]) for key in reversed(keys))
-    assert not torch.equal(first[0, 2], first[1, 2])
-    other_seed = Crops(Pictures(files), (16, 24), seed=4)
-    assert not torch.equal(first[0, 2], other_seed[0, 2].pixels)
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
+]
 
 
-def test_crops_are_parts_of_their_picture_in_both_orientations(files):
-    crops = Crops(Pictures(files), (16, 24), seed=0)
-    picture = np.asarray(Image.open(files[0]))
-    parts = {
-        picture[top : top + 16, left : left + 24][:, ::step].tobytes(): step
-        for top, left in itertools.product(range(25), range(27))
-        for step in (1, -1)
-    }
-    seen = {parts[crops[epoch, 0].pixels.numpy().tobytes()] for epoch in range(20)}
-    assert seen == {1, -1}
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rotate", [False, True])
+@pytest.mark.parametrize("size", [(16, 24), (64, 64), (70, 9)])
+def test_kept_pictures_give_the_crops_of_their_files(files, size, rotate, device):
+    """Wherever they are kept; also of pictures smaller than a crop."""
+    read, kept = Pictures(files), CachedPictures(files, 2, device)
+    assert all(np.array_equal(kept[i], read[i]) for i in range(len(files)))
+    keys = [CropKey(epoch, index, size) for epoch in range(8) for index in range(len(files))]
+    batch = Crops(kept, seed=3, rotate=rotate).cut(keys)
+    assert batch.pixels.device.type == device
+    crops = Crops(read, seed=3, rotate=rotate)
+    expected = torch.stack([crops[key].pixels for key in keys])
+    assert torch.equal(batch.pixels.cpu(), expected)
+    assert batch.names == [files[key.index].name for key in keys]
+    other_seed = Crops(kept, seed=4, rotate=rotate).cut(keys)
+    assert not torch.equal(other_seed.pixels, batch.pixels)
 
 
-def test_every_epoch_holds_each_picture_once():
-    batches = itertools.islice(CropSampler(num_pictures=7, batch_size=3, seed=0), 14)
-    keys = [key for batch in batches for key in batch]
-    assert len(keys) == 42
-    for epoch in range(6):
-        order = [index for _, index in keys[7 * epoch : 7 * (epoch + 1)]]
-        assert sorted(order) == list(range(7))
-        assert all(key[0] == epoch for key in keys[7 * epoch : 7 * (epoch + 1)])
-    assert keys[:7] != [(0, index) for _, index in keys[7:14]]
-
-
-def test_processes_share_the_batches_of_one():
-    def take(**kwargs):
-        return list(itertools.islice(CropSampler(num_pictures=7, seed=1, **kwargs), 6))
-
-    alone = take(batch_size=4)
-    halves = [take(batch_size=2, rank=rank, world_size=2) for rank in range(2)]
-    assert [a + b for a, b in zip(*halves, strict=True)] == alone
-    assert take(batch_size=4, start=2)[:4] == alone[2:]
+def test_pictures_too_large_for_a_device_stay_on_the_host(files, monkeypatch):
+    monkeypatch.setattr(data, "_fits", lambda size, device: size < 20_000)
+    kept = CachedPictures(files, 2, "meta")
+    assert kept.pixels.device.type == "cpu"
+    assert CachedPictures(files[4:], 2, "meta").pixels.device.type == "meta"
 
 
 def test_unreadable_picture_is_named_and_replaced(files):
     files[1].write_bytes(files[1].read_bytes()[:80])
-    crops = Crops(Pictures(files), (16, 24), seed=0)
-    crop = crops[0, 1]
+    crops = Crops(Pictures(files), seed=0)
+    crop = crops[CropKey(0, 1, (16, 24))]
     assert crop.names == [files[2].name]
     assert len(crop.problems) == 1
     assert str(files[1]) in crop.problems[0]
-    cached = Pictures(files, cache_threads=2)
+    cached = CachedPictures(files, 2, "cpu")
     assert files[1] not in cached.files
     assert str(files[1]) in cached.problems[0]
 
 
-@pytest.mark.parametrize("cache_threads", [0, 2])
-def test_no_readable_picture_is_a_usage_error(tmp_path, cache_threads):
+@pytest.mark.parametrize("kind", [Pictures, lambda files: CachedPictures(files, 2, "cpu")])
+def test_no_readable_picture_is_a_usage_error(tmp_path, kind):
     for name in ("a.png", "b.jpg"):
         (tmp_path / name).write_text("no picture")
     with pytest.raises(utils.UsageError, match=r"none of the 2 pictures .*a\.png"):
-        Pictures(utils.list_images(tmp_path), cache_threads)
+        kind(utils.list_images(tmp_path))
 
 
 def test_cached_pictures_need_their_files_no_more(files):
     expected = [Pictures(files)[i].copy() for i in range(len(files))]
-    cached = Pictures(files, cache_threads=2)
+    cached = CachedPictures(files, 2, "cpu")
     for file in files:
         file.unlink()
     assert all(np.array_equal(cached[i], expected[i]) for i in range(len(files)))
 
 
+@pytest.mark.parametrize("cache", [False, True])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_training_batches_follow_the_sampler(files, workers):
-    crops = Crops(Pictures(files), (16, 24), seed=0)
-    sampler = CropSampler(len(files), batch_size=3, seed=0, start=1)
+def test_training_batches_follow_the_sampler(files, workers, cache):
+    crops = Crops(Pictures(files), seed=0)
+    keys_of_batches = sampler(len(files), batch_size=3, start=1)
     random_state = torch.get_rng_state()
-    with training_batches(crops, sampler, workers, pin_memory=False) as batches:
-        for keys, batch in itertools.islice(zip(sampler, batches, strict=False), 4):
+    pictures = CachedPictures(files, 2, "cpu") if cache else crops.pictures
+    source = Crops(pictures, seed=0)
+    with training_batches(source, keys_of_batches, workers, pin_memory=False) as batches:
+        for keys, batch in itertools.islice(zip(keys_of_batches, batches, strict=False), 4):
             assert batch.pixels.shape == (3, 16, 24, 3)
             assert batch.pixels.dtype == torch.uint8
             assert torch.equal(batch.pixels, torch.stack([crops[key].pixels for key in keys]))
-            assert batch.names == [files[index].name for _, index in keys]
+            assert batch.names == [files[key.index].name for key in keys]
     assert torch.equal(torch.get_rng_state(), random_state)
 
 

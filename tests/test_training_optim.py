@@ -10,11 +10,13 @@ from conftest import SHALLOW
 import models
 from training.optim import (
     Muon,
+    first_cooldown_step,
     fix_A,
     lr_factor,
     make_optimizers,
     orthogonalise,
     split_parameters,
+    warmup_factor,
 )
 from utils import UsageError
 
@@ -148,16 +150,23 @@ def test_optimizers_move_every_parameter(model, name):
 
 
 def test_schedules():
-    def multistep(step):
-        return lr_factor(step, "multistep", 100, [50, 80], 0)
-
-    assert [multistep(step) for step in (0, 49, 50, 79, 80, 200)] == pytest.approx(
-        [1, 1, 0.1, 0.1, 0.01, 0.01]
-    )
-    cosine = [lr_factor(step, "cosine", 100, [], 0) for step in range(101)]
+    multistep = [lr_factor(step, "multistep", 100, [50, 80]) for step in (0, 49, 50, 79, 80, 200)]
+    assert multistep == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    cosine = [lr_factor(step, "cosine", 100) for step in range(101)]
     assert cosine[0] == 1
     assert cosine[50] == pytest.approx(0.5)
     assert cosine[100] == pytest.approx(0)
     assert sorted(cosine, reverse=True) == cosine
-    warm = [lr_factor(step, "multistep", 100, [], 4) for step in range(6)]
-    assert warm == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+    assert [warmup_factor(s, 4) for s in range(6)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1, 1])
+
+
+def test_cooldown_falls_to_zero_from_any_point():
+    def rates(start, shape, total_steps=10):
+        return [lr_factor(s, "wsd", total_steps, (), start, shape) for s in range(total_steps + 1)]
+
+    assert rates(6, "linear") == pytest.approx([1] * 7 + [0.75, 0.5, 0.25, 0])
+    assert rates(6, "1-sqrt") == pytest.approx([1] * 7 + [0.5, 1 - 0.5**0.5, 1 - 0.75**0.5, 0])
+    assert rates(10, "linear")[:10] == [1] * 10  # no cool-down at all
+    assert first_cooldown_step(100, 0.2) == first_cooldown_step(100, 20) == 80
+    assert first_cooldown_step(100, 0) == 100
+    assert first_cooldown_step(100, 500) == 0

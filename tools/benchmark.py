@@ -32,9 +32,9 @@ import models
 import utils
 from kernels.graphs import Replay
 from layers import SS2D
-from layers.compressai import RateDistortionLoss
 from tools import networks
 from train import Step
+from training.criterion import RateDistortionLoss
 from training.distributed import Processes
 from training.optim import make_optimizers
 

@@ -20,6 +20,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="write what a network of every rate is at this quality, 0 to 100: a network of a "
         "single rate, with the published keys",
     )
+    parser.add_argument(
+        "--for-training",
+        action="store_true",
+        help="write the step, and the weights as they are trained in place of their running mean "
+        "(--ema): from them `train.py --continue_train --checkpoint OUTPUT` goes on elsewhere",
+    )
     args = parser.parse_args(argv)
     if args.output.suffix != ".safetensors":
         parser.error(f"the output must end in .safetensors, got {args.output}")
@@ -30,6 +36,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise utils.UsageError(
             f"{args.checkpoint} lacks {', '.join(sorted(missing))}; give a file that train.py saved"
         )
+    step = checkpoint.pop("step", None)  # of a file without it, a training starts at 0
+    if args.for_training:
+        if step is None or "net" not in checkpoint or args.quality is not None:
+            raise utils.UsageError(
+                "--for-training needs a run's latest checkpoint, and no --quality; it got "
+                f"{args.checkpoint}"
+            )
+        checkpoint |= {"state_dict": checkpoint["net"], "step": step}
     # Refuses what could not be loaded again.
     model = build_from_checkpoint(checkpoint, args.checkpoint)
     exact = {}
@@ -45,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "model_args": model.config,
             "state_dict": model.state_dict(),
         }
-    if save_weights(checkpoint, args.output, exact) and args.quality is None:
+    is_for_coding = args.quality is None and not args.for_training
+    if save_weights(checkpoint, args.output, exact) and is_for_coding:
         print(
             "rounding to half precision changed the model's fingerprint: what was coded with "
             f"{args.checkpoint} decodes with that file only, not with {args.output}",

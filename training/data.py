@@ -1,11 +1,11 @@
-"""Training crops and test pictures: read, crop, flip, shard, resume, cache."""
+"""Training crops and test pictures: read or kept, cut, put into batches."""
 
 import contextlib
-import functools
 import itertools
 import logging
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,13 +15,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
 import utils
+from training.crops import CropKey, CropSampler, crop_indices
 from training.distributed import Processes
 from utils import DataError, UsageError
 
 logger = logging.getLogger("mambavc")
+
+MAX_GPU_SHARE = 0.25  # of a GPU's free memory, for pictures
 
 
 class Batch(NamedTuple):
@@ -36,25 +40,16 @@ class Batch(NamedTuple):
     problems: list[str]
 
 
-def pad_to(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Reflect a picture (h, w, 3) at its edges, as often as it takes, to at least this size.
-
-    The picture stays in the middle; a side of one pixel is repeated.
-    """
-    rows, columns = max(height - pixels.shape[0], 0), max(width - pixels.shape[1], 0)
-    if not rows and not columns:
-        return pixels
-    margins = ((rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2), (0, 0))
-    return np.pad(pixels, margins, mode="reflect")
+def as_input(pixels: Tensor) -> Tensor:
+    """uint8 (batch, height, width, 3) as float32 (batch, 3, height, width) in [0, 1]."""
+    return pixels.permute(0, 3, 1, 2).float().div_(255)  # this order is called channels last
 
 
 class Pictures(Dataset):
-    """The pictures of a folder as uint8 arrays (height, width, 3).
+    """The pictures of a folder as uint8 arrays (height, width, 3), each read when it is needed.
 
     Args:
         files: paths of pictures.
-        cache_threads: decode everything now, with this many threads, and keep it; worker
-            processes forked from this one read the same memory. 0 reads a file when it is needed.
 
     Attributes:
         problems: one line for each file found unreadable so far.
@@ -63,112 +58,152 @@ class Pictures(Dataset):
         UsageError: none of the files can be read.
     """
 
-    def __init__(self, files: Sequence[Path], cache_threads: int = 0):
+    def __init__(self, files: Sequence[Path]):
         self.files = list(files)
         self.problems: list[str] = []
-        self._cache: list[np.ndarray] = []
-        if cache_threads:
-            with ThreadPoolExecutor(cache_threads) as pool:
-                decoded = list(pool.map(self._try_read, self.files))
-            self.problems = [each for each in decoded if isinstance(each, str)]
-            self._cache = [each for each in decoded if not isinstance(each, str)]
-            pairs = zip(self.files, decoded, strict=True)
-            self.files = [file for file, each in pairs if not isinstance(each, str)]
-        if not self._cache and all(isinstance(self._try_read(f), str) for f in self.files):
-            raise UsageError(
-                f"none of the {len(files)} pictures in {files[0].parent} can be read; "
-                f"the first: {self._try_read(files[0])}"
-            )
-
-    @staticmethod
-    def _try_read(file: Path) -> "np.ndarray | str":
-        """The picture, or one line that says why it cannot be read."""
-        try:
-            return np.asarray(utils.read_image(file))
-        except DataError as error:
-            return str(error)
+        if all(isinstance(_try_read(file), str) for file in self.files):
+            raise _none_readable(files)
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> "np.ndarray | str":
+    def __getitem__(self, index: int) -> np.ndarray | str:
         """The picture, or one line that says why it cannot be read."""
-        return self._cache[index] if self._cache else self._try_read(self.files[index])
+        return _try_read(self.files[index])
 
 
-class Crops(Dataset):
-    """Random crops and horizontal flips of pictures.
-
-    What an item looks like is a function of the seed and its key (epoch, index) alone, never of
-    a worker's random state. In place of an unreadable picture the next readable one is taken.
+class CachedPictures(Pictures):
+    """Pictures that are decoded once, at the start, and kept in one tensor.
 
     Args:
-        pictures: where they come from.
-        patch_size: (height, width) of a crop.
-        seed: of the run.
+        files: paths of pictures; unreadable ones are left out.
+        threads: that decode them.
+        device: keeps them if they take at most `MAX_GPU_SHARE` of a GPU's free memory; else the
+            host does.
+        show: draw a progress bar on a terminal.
+
+    Attributes:
+        pixels: uint8 (pixels of all pictures, 3), each picture in reading order.
+        sizes: (height, width) of each.
+        starts: where each begins.
+
+    Raises:
+        UsageError: none of the files can be read.
     """
 
-    def __init__(self, pictures: Pictures, patch_size: tuple[int, int], seed: int):
-        self.pictures = pictures
-        self.patch_size = patch_size
-        self.seed = seed
+    def __init__(
+        self, files: Sequence[Path], threads: int, device: torch.device | str, show: bool = False
+    ):
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without holding Python's lock
+            reads = pool.map(_try_read, files)
+            quiet = None if show else True  # None: unless it writes to a terminal
+            bar = tqdm(reads, "decoding", len(files), leave=False, unit="picture", disable=quiet)
+            decoded = list(bar)
+        self.problems = [each for each in decoded if isinstance(each, str)]
+        pairs = zip(files, decoded, strict=True)
+        self.files = [file for file, each in pairs if not isinstance(each, str)]
+        decoded = [each for each in decoded if not isinstance(each, str)]
+        if not decoded:
+            raise _none_readable(files)
+        self.sizes = [each.shape[:2] for each in decoded]
+        counts = [height * width for height, width in self.sizes]
+        *self.starts, total = itertools.accumulate(counts, initial=0)
+        pixels = np.empty((total, 3), np.uint8)
+        for start, count in zip(self.starts, counts, strict=True):
+            pixels[start : start + count] = decoded.pop(0).reshape(-1, 3)  # and its memory is free
+        fits = _fits(pixels.nbytes, torch.device(device))
+        self.pixels = torch.from_numpy(pixels).to(device if fits else "cpu")
+        logger.info(
+            f"decoded {len(self)} pictures of {total / 1e6:.0f} megapixels in "
+            f"{time.perf_counter() - begin:.1f} s, kept on {self.pixels.device}"
+            + ("" if fits else ": they would take too much of the GPU's free memory")
+        )
 
-    def __getitem__(self, key: tuple[int, int]) -> Batch:
-        epoch, first = key
-        problems = []
-        for i in range(len(self.pictures)):
-            index = (first + i) % len(self.pictures)
-            pixels = self.pictures[index]
-            if not isinstance(pixels, str):
-                crop = self._crop(pixels, np.random.default_rng((self.seed, epoch, first)))
-                return Batch(crop, [self.pictures.files[index].name], problems)
-            problems.append(pixels)
-        raise DataError(f"no training picture can be read any more; the last: {problems[-1]}")
+    def __getitem__(self, index: int) -> np.ndarray:
+        """The picture."""
+        height, width = self.sizes[index]
+        start = self.starts[index]
+        return self.pixels[start : start + height * width].view(height, width, 3).cpu().numpy()
 
-    def _crop(self, pixels: np.ndarray, rng: np.random.Generator) -> Tensor:
-        height, width = self.patch_size
-        pixels = pad_to(pixels, height, width)
-        top = rng.integers(pixels.shape[0] - height + 1)
-        left = rng.integers(pixels.shape[1] - width + 1)
-        crop = pixels[top : top + height, left : left + width]
-        if rng.integers(2):
-            crop = crop[:, ::-1]
-        return torch.from_numpy(crop.copy())
+
+def _try_read(file: Path) -> np.ndarray | str:
+    """The picture, or one line that says why it cannot be read."""
+    try:
+        return np.asarray(utils.read_image(file))
+    except DataError as error:
+        return str(error)
+
+
+def _none_readable(files: Sequence[Path]) -> UsageError:
+    return UsageError(
+        f"none of the {len(files)} pictures in {files[0].parent} can be read; "
+        f"the first: {_try_read(files[0])}"
+    )
+
+
+def _fits(size: int, device: torch.device) -> bool:
+    """Whether so many bytes of pictures leave a device enough memory to train."""
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return size <= MAX_GPU_SHARE * free
 
 
 @dataclass
-class CropSampler(Sampler[list[tuple[int, int]]]):
-    """Endless batches of keys (epoch, index) for `Crops`, from any point of a run on.
+class Crops(Dataset):
+    """Random crops of pictures, with horizontal flips.
 
-    The pictures form one stream: each epoch is a permutation of all of them, and epochs follow
-    each other without a gap, so every batch is full. A global batch is a run of the stream and
-    process ``rank`` gets the part of it at its place: the processes together see what a single
-    one with ``world_size`` times the batch size sees, in the same order.
+    What an item looks like is a function of the seed and its key alone, never of a worker's random
+    state or of where its picture is kept. In place of an unreadable picture the next readable one
+    is taken.
 
     Args:
-        num_pictures: size of the training set.
-        batch_size: of one process.
+        pictures: where they come from.
         seed: of the run.
-        start: global batches already taken.
-        rank, world_size: this process among all.
+        rotate: also turn them by quarters.
     """
 
-    num_pictures: int
-    batch_size: int
+    pictures: Pictures
     seed: int
-    start: int = 0
-    rank: int = 0
-    world_size: int = 1
+    rotate: bool = False
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        @functools.lru_cache(maxsize=2)
-        def permutation(epoch: int) -> np.ndarray:
-            return np.random.default_rng((self.seed, epoch)).permutation(self.num_pictures)
+    def _place(self, key: CropKey, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng((self.seed, key.epoch, key.index))
+        return crop_indices(size, key.patch_size, rng, self.rotate)
 
-        for batch in itertools.count(self.start):
-            first = (batch * self.world_size + self.rank) * self.batch_size
-            places = (divmod(first + i, self.num_pictures) for i in range(self.batch_size))
-            yield [(epoch, int(permutation(epoch)[offset])) for epoch, offset in places]
+    def __getitem__(self, key: CropKey) -> Batch:
+        """One crop."""
+        problems = []
+        for i in range(len(self.pictures)):
+            index = (key.index + i) % len(self.pictures)
+            pixels = self.pictures[index]
+            if not isinstance(pixels, str):
+                rows, columns = self._place(key, pixels.shape[:2])
+                crop = pixels.reshape(-1, 3).take(rows[:, None] + columns, axis=0)
+                return Batch(torch.from_numpy(crop), [self.pictures.files[index].name], problems)
+            problems.append(pixels)
+        raise DataError(f"no training picture can be read any more; the last: {problems[-1]}")
+
+    def cut(self, keys: Sequence[CropKey]) -> Batch:
+        """A batch of crops of one size of `CachedPictures`, cut on the device that keeps them.
+
+        The host tells the device where they lie, in (batch, height + width) numbers, and does not
+        wait for it.
+        """
+        pixels = self.pictures.pixels
+        height, width = keys[0].patch_size
+        places = torch.empty(
+            (len(keys), height + width), dtype=torch.int64, pin_memory=pixels.is_cuda
+        )
+        for place, key in zip(places.numpy(), keys, strict=True):
+            rows, columns = self._place(key, self.pictures.sizes[key.index])
+            place[:height] = rows + self.pictures.starts[key.index]
+            place[height:] = columns
+        places = places.to(pixels.device, non_blocking=True)
+        index = places[:, :height, None] + places[:, None, height:]
+        crops = pixels.index_select(0, index.flatten()).view(*index.shape, 3)
+        return Batch(crops, [self.pictures.files[key.index].name for key in keys], [])
 
 
 def _collate(crops: Sequence[Batch]) -> Batch:
@@ -208,14 +243,38 @@ def _reading(loader: DataLoader) -> Iterator[Iterator]:
             items._shutdown_workers()
 
 
+@contextlib.contextmanager
 def training_batches(
     crops: Crops, sampler: CropSampler, workers: int, pin_memory: bool
-) -> contextlib.AbstractContextManager[Iterator[Batch]]:
-    """Endless training batches, read ahead by worker processes (0: none) inside this context."""
+) -> Iterator[Iterator[Batch]]:
+    """Endless training batches inside this context.
+
+    Those of `CachedPictures` are cut where the pictures are kept, in less time than it takes to
+    hand them from one process to another; others are read ahead by worker processes (0: none).
+    """
+    if isinstance(crops.pictures, CachedPictures):
+        batches = map(crops.cut, sampler)
+        if pin_memory and not crops.pictures.pixels.is_cuda:
+            batches = (each._replace(pixels=each.pixels.pin_memory()) for each in batches)
+        yield batches
+        return
     loader = _loader(
         crops, workers, batch_sampler=sampler, collate_fn=_collate, pin_memory=pin_memory
     )
-    return _reading(loader)
+    with _reading(loader) as batches:
+        yield batches
+
+
+def pad_to(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Reflect a picture (h, w, 3) at its edges, as often as it takes, to at least this size.
+
+    The picture stays in the middle; a side of one pixel is repeated.
+    """
+    rows, columns = max(height - pixels.shape[0], 0), max(width - pixels.shape[1], 0)
+    if not rows and not columns:
+        return pixels
+    margins = ((rows // 2, rows - rows // 2), (columns // 2, columns - columns // 2), (0, 0))
+    return np.pad(pixels, margins, mode="reflect")
 
 
 @dataclass
@@ -266,13 +325,22 @@ class WholePictures:
 
 
 def open_dataset(root: Path, cache: bool, processes: Processes) -> tuple[Pictures, Pictures]:
-    """The pictures in ROOT/train and ROOT/test; with ``cache`` they are decoded now and kept.
+    """The pictures in ROOT/train and ROOT/test; with ``cache`` they are decoded now and kept,
+    those to train on where this process computes if they fit there.
 
     Raises:
         UsageError: a folder is missing, or has too few pictures that can be read.
     """
-    threads = available_cpus(processes.local_world_size) if cache else 0
-    train, test = (Pictures(utils.list_images(root / part), threads) for part in ("train", "test"))
+    threads = available_cpus(processes.local_world_size)
+
+    def open_part(name: str, device: torch.device) -> Pictures:
+        files = utils.list_images(root / name)
+        return (
+            CachedPictures(files, threads, device, processes.is_first) if cache else Pictures(files)
+        )
+
+    train = open_part("train", processes.device)
+    test = open_part("test", torch.device("cpu"))
     for problem in [*train.problems, *test.problems]:
         logger.warning("skipped: %s", problem)
     if len(train) < processes.world_size:

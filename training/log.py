@@ -59,7 +59,9 @@ class RunLog:
             if processes.is_first:
                 from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
-                self._writer = SummaryWriter(str(folder), purge_step=run.step or None)
+                self._writer = SummaryWriter(
+                    str(folder), purge_step=run.step + 1 if run.step else None
+                )
         quiet = None if processes.is_first else True  # None: unless it writes to a terminal
         self._bar = tqdm(total=total_steps, initial=run.step, unit="step", disable=quiet)
         self._redirection = logging_redirect_tqdm([logger])  # lines go above the bar
@@ -122,7 +124,7 @@ class RunLog:
         if measured.is_finite:
             psnr = -10 * math.log10(measured.mse) if measured.mse else math.inf
             quality = {"loss": measured.loss, "bpp": measured.bpp, "psnr": psnr}
-            self._bar.set_postfix(quality)
+            self._bar.set_postfix(quality, refresh=False)  # `update` draws it, when it is due
             values |= {**quality, "grad_norm": measured.grad_norm}
         for key, value in values.items():
             self._values[key].append(value)
@@ -154,13 +156,19 @@ class RunLog:
         """Report a validation, and bpp and PSNR of all in the run's history.
 
         Args:
-            means: of loss, bpp, psnr and perhaps ms-ssim.
+            means: see `Validation`.
             pictures: pairs (x, x_hat) of (3, height, width) in [0, 1]; x is written only once.
         """
         step = self.run.step
-        values = " ".join(f"{key} {value:.4f}" for key, value in means.items())
         best = " (best)" if means["loss"] < self.run.best_loss else ""
-        logger.info("validation at step %d: %s%s", step, values, best)
+        lines = defaultdict(list)  # of all rates together, and of each
+        for name, value in means.items():
+            rate, _, key = name.rpartition("/")
+            lines[rate.replace("_", " ")].append(f"{key} {value:.4f}")
+        for rate, values in lines.items():
+            where = f", {rate}" if rate else ""
+            logger.info("validation at step %d%s: %s%s", step, where, " ".join(values), best)
+            best = ""
         self._scalars("validation", means)
         with self._guard():
             if self._writer is not None:

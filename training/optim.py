@@ -210,20 +210,43 @@ class Muon(Optimizer):
             torch._foreach_add_(weights, updates, alpha=-0.2 * math.sqrt(max(rows, columns)))
 
 
+def warmup_factor(step: int, warmup_steps: int) -> float:
+    """What the learning rate of a step, counted from the warm-up's first, is multiplied by."""
+    return min((step + 1) / (warmup_steps + 1), 1.0)
+
+
+def first_cooldown_step(total_steps: int, cooldown: float) -> int:
+    """Where a cool-down of so many steps begins, or of such a fraction of the run below 1."""
+    steps = cooldown if cooldown >= 1 else cooldown * total_steps
+    return max(total_steps - round(steps), 0)
+
+
 def lr_factor(
-    step: int, schedule: str, total_steps: int, milestones: Sequence[int], warmup_steps: int
+    step: int,
+    schedule: str,
+    total_steps: int,
+    milestones: Sequence[float] = (),
+    cooldown_start: float = math.inf,
+    cooldown_shape: str = "1-sqrt",
 ) -> float:
-    """Learning rate of a step as a fraction of the full one.
+    """Learning rate of a step as a fraction of the full one, warm-up aside.
 
     Args:
         step: from 0.
         schedule: ``cosine`` falls to zero at ``total_steps``; ``multistep`` falls tenfold at
-            each milestone.
+            each milestone; ``wsd`` is constant and falls to zero between ``cooldown_start`` and
+            ``total_steps`` (warm-up, stable, decay; Hu et al., arXiv:2404.06395).
         total_steps: length of the run.
         milestones: steps at which ``multistep`` falls.
-        warmup_steps: the rate rises linearly over this many steps first.
+        cooldown_start: step at which the fall of ``wsd`` begins.
+        cooldown_shape: ``linear``; or ``1-sqrt``, the better one in Hägele et al.
+            (arXiv:2405.18392).
     """
-    warmup = min((step + 1) / (warmup_steps + 1), 1.0)
     if schedule == "cosine":
-        return warmup * 0.5 * (1 + math.cos(math.pi * min(step / total_steps, 1.0)))
-    return warmup * 0.1 ** sum(step >= milestone for milestone in milestones)
+        return 0.5 * (1 + math.cos(math.pi * min(step / total_steps, 1.0)))
+    if schedule == "wsd":
+        if step < cooldown_start:
+            return 1.0
+        done = min((step - cooldown_start) / max(total_steps - cooldown_start, 1), 1.0)
+        return 1 - (done if cooldown_shape == "linear" else math.sqrt(done))
+    return 0.1 ** sum(step >= milestone for milestone in milestones)

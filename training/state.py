@@ -9,7 +9,8 @@ import math
 import platform
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -23,17 +24,19 @@ from torch.optim import Optimizer
 
 import models
 import utils
-from models.checkpoint import build_from_checkpoint
+from models.checkpoint import build_from_checkpoint, load_checkpoint
 from training.distributed import Processes
 from utils import DataError, UsageError
 
 logger = logging.getLogger("mambavc")
 
+# What a run keeps: its lowest validation loss, where it stands, and where its cool-down began.
+CHECKPOINTS = ("best", "latest", "stable")
 TRANSFORMS = ("g_a", "g_s", "h_a", "h_mean_s", "h_scale_s")
 
 
 def checkpoint_path(folder: Path, name: str) -> Path:
-    """Where a run keeps its ``latest`` or its ``best`` checkpoint."""
+    """Where a run keeps one of its `CHECKPOINTS`."""
     return folder / f"checkpoint_{name}.pth.tar"
 
 
@@ -61,7 +64,7 @@ def own_folder(folder: Path, processes: Processes) -> Iterator[None]:
         for problem in processes.gather(problems):
             raise UsageError(f"{problem}; wait for its end or give another --save_path")
         if processes.is_first:
-            for name in ("best", "latest"):  # what a killed run left half written
+            for name in CHECKPOINTS:  # what a killed run left half written
                 for leftover in folder.glob(f".{checkpoint_path(folder, name).name}.*"):
                     leftover.unlink()
             utils.setup_logging(folder / "train.log")
@@ -72,13 +75,29 @@ def own_folder(folder: Path, processes: Processes) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def sigterm() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets inside this context, where it ends nothing by itself."""
+def stop_event(minutes: float | None, since: float) -> Iterator[threading.Event]:
+    """An event that SIGTERM sets inside this context, where it ends nothing by itself.
+
+    Args:
+        minutes: after which the event is set anyway; None: never.
+        since: when they began, by `time.monotonic`.
+    """
     event = threading.Event()
+
+    def time_is_over() -> None:
+        logger.info("--max-minutes %g are over", minutes)
+        event.set()
+
+    left = 0 if minutes is None else 60 * minutes - (time.monotonic() - since)
+    timer = threading.Timer(max(left, 0), time_is_over)
+    timer.daemon = True
     handler = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:
+        if minutes is not None:
+            timer.start()
         yield event
     finally:
+        timer.cancel()
         signal.signal(signal.SIGTERM, handler)
 
 
@@ -91,6 +110,8 @@ def find_checkpoint(folder: Path, checkpoint: Path | None, continue_train: bool)
     if not continue_train:
         return checkpoint
     latest = checkpoint_path(folder, "latest")
+    if not latest.exists():  # killed just after it went back to before its cool-down
+        latest = checkpoint_path(folder, "stable")
     if latest.exists():
         if checkpoint is None:
             return latest
@@ -102,6 +123,28 @@ def find_checkpoint(folder: Path, checkpoint: Path | None, continue_train: bool)
     return checkpoint
 
 
+def before_cooldown(checkpoint: dict, source: Path, cooldown_start: float) -> tuple[dict, Path]:
+    """The checkpoint to go on from where the cool-down begins at another step than it did.
+
+    Args:
+        checkpoint: read from the file ``source``.
+        cooldown_start: step at which the cool-down begins now.
+
+    Returns:
+        The state that was kept when the cool-down of this checkpoint began, if the one to come
+        begins later; else the checkpoint itself. Its file is the second value.
+
+    Raises:
+        UsageError: that state is gone.
+    """
+    began = checkpoint.get("cooldown_from")
+    if began is None or cooldown_start <= began:
+        return checkpoint, source
+    source = checkpoint_path(source.parent, "stable")
+    logger.info("going back to before the cool-down that began at step %d", began)
+    return load_checkpoint(source), source
+
+
 def build_model(
     wanted: dict[str, str | int | None],
     checkpoint: dict | None,
@@ -111,11 +154,12 @@ def build_model(
     """The network of a checkpoint, or the one that the flags name, with fresh weights.
 
     Args:
-        wanted: the flags ``model``, ``N`` and ``M``; None leaves a choice open.
+        wanted: the flags ``model``, ``N``, ``M`` and ``qualities``; None leaves a choice open.
         checkpoint: read from the file ``source``.
 
     Returns:
-        Its registered name, and the network in training mode on the device.
+        Its registered name, and the network in training mode on the device. Where qualities are
+        wanted of a single-rate network, one with new gains starts from its weights.
 
     Raises:
         UsageError: the flags make no network, or another one than the checkpoint's.
@@ -129,6 +173,15 @@ def build_model(
             raise UsageError(str(error)) from None
     model = build_from_checkpoint(checkpoint, source)
     found = {**model.config, "model": checkpoint.get("model", "mambavc")}
+    if "qualities" in wanted and not model.qualities:
+        config = {**model.config, "qualities": wanted.pop("qualities")}
+        variable = models.build_model(found["model"], **config)
+        variable.load_single_rate(model.state_dict())
+        model = variable
+    elif model.qualities and "qualities" not in wanted:
+        raise UsageError(
+            f"{source} holds a network of all rates; add --qualities {model.qualities}"
+        )
     for key, value in wanted.items():
         if value != found[key]:
             raise UsageError(
@@ -188,6 +241,9 @@ class Run:
         step: steps taken.
         best_loss: lowest validation loss.
         history: step and measurements of each validation whose loss compares with this run's.
+        fresh_from: step at which the optimisers had no state: 0, or later where a run goes on from
+            weights alone.
+        cooldown_from: step at which the cool-down began; None before.
     """
 
     model_name: str
@@ -202,6 +258,8 @@ class Run:
     step: int = 0
     best_loss: float = math.inf
     history: list[dict[str, float]] = field(default_factory=list)
+    fresh_from: int = 0
+    cooldown_from: int | None = None
 
     def __post_init__(self) -> None:
         self.ema = None
@@ -209,6 +267,7 @@ class Run:
             from timm.utils import ModelEmaV3  # takes seconds to import
 
             self.ema = ModelEmaV3(self.model, self.ema_decay, use_warmup=True)
+            self._averaged = list(self.ema.module.parameters()), list(self.model.parameters())
         self._superseded: set[Path] = set()
 
     @property
@@ -216,20 +275,54 @@ class Run:
         """The network that is validated and saved for use."""
         return self.ema.module if self.ema else self.model
 
+    def update_ema(self) -> None:
+        """Take the weights after the step that is being taken into their running mean.
+
+        As `ModelEmaV3.update` does, which looks for all weights and buffers anew each time: that
+        would take the host as long as several steps' launches.
+        """
+        means, weights = self._averaged
+        with torch.no_grad():
+            torch._foreach_lerp_(means, weights, weight=1 - self.ema.get_decay(self.step + 1))
+
     def restore(self, checkpoint: dict, source: Path) -> None:
         """Go on where the run stood that wrote the file ``source``; learning rates are this run's.
 
         Raises:
-            UsageError: a run cannot go on with this one's flags.
+            UsageError: a run cannot go on with this one's flags, or the file is damaged.
         """
         if "optimizers" not in checkpoint:
+            self._go_on_from_weights(checkpoint, source)
+            return
+        try:
+            self._restore(checkpoint, source)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UsageError(
+                f"the run cannot go on from {source}, whose state does not fit or is damaged "
+                f"({type(error).__name__}: {reason}); give a checkpoint that "
+                "train.py saved, or leave out --continue_train to start anew from its weights"
+            ) from None
+        logger.info("going on at step %d", self.step)
+
+    def _go_on_from_weights(self, checkpoint: dict, source: Path) -> None:
+        self.step = self.fresh_from = checkpoint.get("step", 0)
+        if not self.step:
             logger.info("%s holds weights only: starting at step 0", source)
             return
-        # Runs of before there was the flag trained A.
-        before = {"fixed_A": False, **checkpoint["args"]}
-        before["global_batch"] = checkpoint["global_batch"]
+        torch.manual_seed(self.flags["seed"] + self.step)  # not the draws of step 0 once more
+        logger.info(
+            "%s holds weights only: going on at step %d, with optimisers that start anew and take "
+            "some hundred steps to find their momentum",
+            source,
+            self.step,
+        )
+
+    def _restore(self, checkpoint: dict, source: Path) -> None:
+        unknown = {"qualities": None, "fixed_A": False}  # of runs before there were these flags
+        before = {**unknown, **checkpoint["args"], "global_batch": checkpoint["global_batch"]}
         now = {**self.flags, "global_batch": self.global_batch}
-        for key in ("optimizer", "fixed_A", "global_batch"):
+        for key in ("optimizer", "fixed_A", "global_batch", "qualities"):
             if now[key] != before[key]:
                 raise UsageError(
                     f"the run cannot go on with another {key}: it was {before[key]} and is now "
@@ -246,23 +339,27 @@ class Run:
                 group |= {key: own[key] for key in ("lr", "fused", "foreach") if key in own}
             optimizer.load_state_dict(saved[name])
         self.step = checkpoint["step"]
-        self._superseded = {checkpoint_path(source.parent, "latest")} & {source}
+        self.fresh_from = checkpoint.get("fresh_from", 0)
+        self.cooldown_from = checkpoint.get("cooldown_from")
+        best, latest, stable = (checkpoint_path(source.parent, name) for name in CHECKPOINTS)
+        if source in (latest, stable):
+            self._superseded = {source, stable}
         # Losses of another definition are not to be compared with.
         if all(now[key] == before[key] for key in ("lmbda", "type")):
-            self.best_loss = checkpoint["best_loss"]
             self.history = checkpoint["history"]
-            self._superseded.add(checkpoint_path(source.parent, "best"))
+            if source != stable:  # the best one is of the cool-down, which this run does not follow
+                self.best_loss = checkpoint["best_loss"]
+                self._superseded.add(best)
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if torch.cuda.is_initialized() and "cuda" in checkpoint["rng"]:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"])
-        logger.info("going on at step %d", self.step)
 
     def keep_earlier_checkpoints(self) -> None:
         """Give checkpoints a new name that this run would overwrite but does not follow from."""
         if self.folder is None:
             return
         superseded = {path.resolve() for path in self._superseded}
-        for name in ("best", "latest"):
+        for name in CHECKPOINTS:
             path = checkpoint_path(self.folder, name)
             if path.exists() and path.resolve() not in superseded:
                 # Microseconds, so that no two checkpoints ever get one name.
@@ -284,27 +381,42 @@ class Run:
             DataError: nothing could be written and it ``must``.
         """
         before, self.best_loss = self.best_loss, min(self.best_loss, loss)
-        if self.folder is None:
-            return
         # The best first: killed in between, the run repeats the steps that found it.
         names = ("best", "latest") if self.best_loss < before else ("latest",)
-        state = self._checkpoint()
-        try:
-            for name in names:
-                path = checkpoint_path(self.folder, name)
-                with utils.atomic_write(path) as temporary, open(temporary, "wb") as file:
-                    torch.save(state, file)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        for name, error in self._write(names).items():
             if name == "best":
                 self.best_loss = before
-            reason = str(error).partition("\n")[0]
-            message = (
-                f"cannot write {path} at step {self.step} (is the disk full?): {reason}; "
-                "the last one is kept"
-            )
             if must:
-                raise DataError(message) from None
-            logger.error("%s; trying again at the next save", message)
+                raise DataError(error)
+            logger.error("%s; trying again at the next save", error)
+
+    def start_cooldown(self) -> None:
+        """Note that the learning rate falls from here on, and keep the state to go back to.
+
+        Raises:
+            DataError: it could not be written.
+        """
+        for error in self._write(("stable",)).values():
+            raise DataError(f"{error}; make room, then --continue_train")
+        self.cooldown_from = self.step
+
+    def _write(self, names: Sequence[str]) -> dict[str, str]:
+        """Write checkpoints of one state; on a failure, which ends it, the name and one line."""
+        if self.folder is None:
+            return {}
+        state = self._checkpoint()
+        for name in names:
+            path = checkpoint_path(self.folder, name)
+            try:
+                with utils.atomic_write(path) as temporary, open(temporary, "wb") as file:
+                    torch.save(state, file)
+            except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+                reason = str(error).partition("\n")[0]
+                return {
+                    name: f"cannot write {path} at step {self.step} (is the disk full?): {reason}; "
+                    "the last one is kept"
+                }
+        return {}
 
     def _checkpoint(self) -> dict:
         """Everything that a killed run needs to go on as if nothing had happened.
@@ -328,6 +440,8 @@ class Run:
             "global_batch": self.global_batch,
             "best_loss": self.best_loss,
             "history": self.history,
+            "fresh_from": self.fresh_from,
+            "cooldown_from": self.cooldown_from,
             "rng": rng,
             "args": self.flags,
             "versions": {**versions, "compressai": importlib.metadata.version("compressai")},
