@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -48,23 +49,29 @@ class SliceHyperprior(CompressionModel):
         x = F.pad(x, (0, -width % factor, 0, -height % factor), mode="replicate")
         return x.contiguous(memory_format=torch.channels_last)
 
-    def analyse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y and z of padded pictures."""
-        y = self.g_a(x)
+    def analyse(self, x: Tensor, precision: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """y and z of padded pictures; for the precision see `forward`."""
+        y = _transform(self.g_a, x, precision)
         return y, self.h_a(y)
 
-    def forward(self, x: Tensor) -> dict:
+    def synthesise(self, y_hat: Tensor, precision: torch.dtype = torch.float32) -> Tensor:
+        """Padded pictures from y_hat; for the precision see `forward`."""
+        return _transform(self.g_s, y_hat, precision)
+
+    def forward(self, x: Tensor, *, precision: torch.dtype = torch.float32) -> dict:
         """Reconstruct pictures and estimate their rate.
 
         Args:
             x: pictures (batch, 3, height, width), RGB in [0, 1], any size from 1x1 up.
+            precision: with bfloat16 the blocks of g_a and g_s, but not the convolutions between
+                them, run in autocast to it, also where training's autocast is not on.
 
         Returns:
             ``x_hat`` like x, not clamped; ``likelihoods`` with ``y`` (batch, M, h/16, w/16) and
             ``z`` (batch, Z, h/64, w/64), float32, of the picture padded to multiples of 64.
         """
         height, width = x.shape[-2:]
-        y, z = self.analyse(self.pad(x))
+        y, z = self.analyse(self.pad(x), precision)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             _, z_likelihoods = self.entropy_bottleneck(z)
@@ -84,7 +91,7 @@ class SliceHyperprior(CompressionModel):
 
         y_hat = self.slices(z_hat, round_slice)
         return {
-            "x_hat": self.g_s(y_hat)[..., :height, :width],
+            "x_hat": self.synthesise(y_hat, precision)[..., :height, :width],
             "likelihoods": {"y": torch.cat(y_likelihoods, dim=1), "z": z_likelihoods},
         }
 
@@ -169,6 +176,20 @@ class SliceHyperprior(CompressionModel):
             if value.untyped_storage().nbytes() < value.numel() * value.element_size():
                 raise RuntimeError(f"{key} has fewer values than its shape {tuple(value.shape)}")
         return sizes
+
+
+def _transform(layers: nn.Sequential, x: Tensor, precision: torch.dtype) -> Tensor:
+    """Run g_a or g_s. In bfloat16 its convolutions, through which all passes, stay as they are:
+
+    what a block adds to the float32 map between them is rounded, the map is not.
+    """
+    if precision == torch.float32:
+        return layers(x)
+    for layer in layers:
+        is_block = not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
+        with torch.autocast(x.device.type, precision, enabled=is_block):
+            x = layer(x)
+    return x
 
 
 def _plain_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

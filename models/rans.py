@@ -170,17 +170,25 @@ class SymbolDecoder:
         if self._x < _FIRST_STATE:
             raise _exhausted()
 
-    def get(self, indexes: np.ndarray) -> np.ndarray:
+    def get(self, indexes: np.ndarray, symbols: np.ndarray | None = None) -> np.ndarray:
         """Next symbols (int32, flat), one for each table index (int32, flat).
+
+        Args:
+            symbols: filled and returned, if there is such an array.
 
         Raises:
             BitstreamError: the string ends before, it holds an impossible value, or an index
                 names no table.
         """
-        symbols = np.empty(len(indexes), dtype=np.int32)
-        indexes = indexes.astype(np.int32, copy=False)
+        if symbols is None:
+            symbols = np.empty(len(indexes), dtype=np.int32)
         status, self._position, self._x = _decode(
-            self._words, self._position, self._x, indexes, self._tables, symbols
+            self._words,
+            self._position,
+            self._x,
+            indexes.astype(np.int32, copy=False),
+            self._tables,
+            symbols,
         )
         if status == _EXHAUSTED:
             raise _exhausted()
