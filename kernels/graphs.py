@@ -1,6 +1,7 @@
 """CUDA graphs: a fixed sequence of kernels, captured once and launched as one."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -113,47 +114,87 @@ class Replay:
     """
 
     def __init__(self):
-        self.seen: dict = {}
+        self.seen: set = set()
         self.forget()
 
     def forget(self) -> None:
         """Give back the memory of all graphs."""
-        self.graphs: dict = {}
+        self.recordings: dict[tuple, _Recording] = {}
         self.stream = torch.cuda.Stream()
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable, *args):
         """Return ``function(*args)``: tensors, or tuples or dicts of them."""
-        owner = getattr(function, "__self__", None)
-        key = (
-            getattr(function, "__func__", function),
-            id(owner),  # objects may be equal without being the same
-            *(
-                (a.shape, a.dtype, a.stride(), a.device) if isinstance(a, Tensor) else a
-                for a in args
-            ),
-        )
-        if key not in self.seen:
-            self.seen[key] = owner  # alive, it keeps its identity to itself
-            with torch.no_grad():
-                return function(*args)
-        if key not in self.graphs:
-            self.graphs[key] = self._record(function, args)
-        graph, tensors, result = self.graphs[key]
-        for static, tensor in zip(tensors, _tensors(args), strict=True):
-            static.copy_(tensor)
-        graph.replay()
-        # All graphs work in the same memory: the next replay may overwrite this result.
-        return _copy(result)
+        with torch.no_grad():
+            # All graphs work in the same memory: the next replay may overwrite this result.
+            return _copy(next(self.stretches(_single, function, *args)))
 
-    def _record(self, function: Callable, args: Sequence):
+    def stretches(self, function: Callable[..., Generator], *args) -> Generator:
+        """Run a generator function; each stretch up to the next yield is a graph of its own.
+
+        It takes and is sent tensors, which may also lie in pinned memory of the host, and yields
+        what a graph has computed. Results are in the graphs' own memory: the next call of this
+        object, but no later stretch of this run, may overwrite them. A run may end at any yield.
+        """
+        specs = ((a.shape, a.dtype, a.stride()) if isinstance(a, Tensor) else a for a in args)
+        key = (function, *specs)
+        if key not in self.seen:
+            self.seen.add(key)
+            yield from function(*args)
+            return
+        # One in which an exception was raised is not put back.
+        recording = self.recordings.pop(key, None) or _Recording(function, args, self)
+        recording.fill(args)
+        sent = None
+        for i in itertools.count():
+            result = recording.replay(i, sent)
+            self.recordings[key] = recording
+            sent = yield result
+
+
+class _Recording:
+    """The graphs of one generator, which stays where the last of them ends."""
+
+    def __init__(self, function: Callable[..., Generator], args: Sequence, replay: Replay):
+        self.stream, self.pool = replay.stream, replay.pool
+        self.args = [self._own(arg) for arg in args]
+        self.generator = function(*self.args)
+        self.stretches: list = []  # graph, what is sent to it, its result
+
+    def fill(self, args: Sequence) -> None:
+        for own, arg in zip(_tensors(self.args), _tensors(args), strict=True):
+            own.copy_(arg, non_blocking=True)
+
+    def replay(self, i: int, sent: Tensor | None):
+        if i == len(self.stretches):
+            self.stretches.append(self._record(sent))
+        graph, own, result = self.stretches[i]
+        if sent is not None:
+            own.copy_(sent, non_blocking=True)
+        graph.replay()
+        return result
+
+    def _record(self, sent: Tensor | None):
         graph = torch.cuda.CUDAGraph()
+        own = self._own(sent)
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            _capture(graph, self.stream, self.pool),
+        ):
+            result = self.generator.send(own)
+        return graph, own, result
+
+    def _own(self, arg):
+        if not isinstance(arg, Tensor):
+            return arg
         # Tensors made in inference mode could not be written to outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            own = [torch.empty_like(a).copy_(a) if isinstance(a, Tensor) else a for a in args]
-            with _capture(graph, self.stream, self.pool):
-                result = function(*own)
-        return graph, _tensors(own), result
+        with torch.inference_mode(False):
+            return torch.empty_like(arg, device=self.stream.device).copy_(arg)
+
+
+def _single(function: Callable, *args) -> Generator:
+    yield function(*args)
 
 
 def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool=None):

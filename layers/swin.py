@@ -26,6 +26,14 @@ def _hidden_pairs(window_size: int, shift: int) -> Tensor:
     return regions[:, :, :, None] != regions[:, :, None, :]
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention` of (..., pixels, head_dim) tensors."""
+    if q.is_cuda and q.dtype == torch.float64:
+        # For which PyTorch has no fused kernel there, and three times as many others.
+        return ((q * scale) @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
 class WindowAttention(nn.Module):
     """Multi-head self-attention inside square windows, with a learned relative position bias.
 
@@ -92,7 +100,7 @@ class WindowAttention(nn.Module):
             bias = torch.cat((bias[:1].expand(rows - 1, -1, -1, -1, -1), bias[1:]))
             bias = torch.cat((bias[:, :1].expand(-1, columns - 1, -1, -1, -1), bias[:, 1:]), dim=1)
             bias = bias.flatten(0, 1).repeat(x.shape[0], 1, 1, 1)  # (batch * windows, heads, ...)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=self.scale)
+        x = _attend(q, k, v, bias.to(q.dtype), self.scale)
         x = rearrange(x, "(b w) h n d -> b w n (h d)", w=rows * columns)
         x = self.linear(x)
         x = rearrange(x, "b (r c) (p q) d -> b (r p) (c q) d", r=rows, p=p)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -74,19 +75,37 @@ class SliceHyperprior(CompressionModel):
         return x.contiguous(memory_format=torch.channels_last)
 
     def analyse(
-        self, x: Tensor, y_enc: Tensor | None = None, z_enc: Tensor | None = None
+        self,
+        x: Tensor,
+        y_enc: Tensor | None = None,
+        z_enc: Tensor | None = None,
+        precision: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor]:
-        """y and z of padded pictures, times their gains."""
-        y = scaled(self.g_a(x), y_enc)
+        """y and z of padded pictures, times their gains; for the precision see `forward`."""
+        y = scaled(_transform(self.g_a, x, precision), y_enc)
         return y, scaled(self.h_a(y), z_enc)
 
-    def forward(self, x: Tensor, quality: float | Tensor | None = None) -> dict:
+    def synthesise(
+        self, y_hat: Tensor, y_dec: Tensor | None = None, precision: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Padded pictures from y_hat, times its gain; for the precision see `forward`."""
+        return _transform(self.g_s, scaled(y_hat, y_dec), precision)
+
+    def forward(
+        self,
+        x: Tensor,
+        quality: float | Tensor | None = None,
+        *,
+        precision: torch.dtype = torch.float32,
+    ) -> dict:
         """Reconstruct pictures and estimate their rate.
 
         Args:
             x: pictures (batch, 3, height, width), RGB in [0, 1], any size from 1x1 up.
             quality: 0 to 100, or a tensor (batch,) of them on the network's device, whose values
                 are not checked. A network with gains needs it, one of a single rate has none.
+            precision: with bfloat16 the blocks of g_a and g_s, but not the convolutions between
+                them, run in autocast to it, also where training's autocast is not on.
 
         Returns:
             ``x_hat`` like x, not clamped; ``likelihoods`` with ``y`` (batch, M, h/16, w/16) and
@@ -97,7 +116,7 @@ class SliceHyperprior(CompressionModel):
         """
         height, width = x.shape[-2:]
         gain = gains_at(self.gains, quality)
-        y, z = self.analyse(self.pad(x), gain.y_enc, gain.z_enc)
+        y, z = self.analyse(self.pad(x), gain.y_enc, gain.z_enc, precision)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             _, z_likelihoods = self.entropy_bottleneck(z)
@@ -116,7 +135,7 @@ class SliceHyperprior(CompressionModel):
         with torch.autocast(y.device.type, enabled=False):
             _, y_likelihoods = self.gaussian_conditional(y, scale, mu)
         return {
-            "x_hat": self.g_s(scaled(y_hat, gain.y_dec))[..., :height, :width],
+            "x_hat": self.synthesise(y_hat, gain.y_dec, precision)[..., :height, :width],
             "likelihoods": {"y": y_likelihoods, "z": z_likelihoods},
         }
 
@@ -252,6 +271,20 @@ class SliceHyperprior(CompressionModel):
             if value.untyped_storage().nbytes() < value.numel() * value.element_size():
                 raise RuntimeError(f"{key} has fewer values than its shape {tuple(value.shape)}")
         return sizes
+
+
+def _transform(layers: nn.Sequential, x: Tensor, precision: torch.dtype) -> Tensor:
+    """Run g_a or g_s. In bfloat16 its convolutions, through which all passes, stay as they are:
+
+    what a block adds to the float32 map between them is rounded, the map is not.
+    """
+    if precision == torch.float32:
+        return layers(x)
+    for layer in layers:
+        is_block = not isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
+        with torch.autocast(x.device.type, precision, enabled=is_block):
+            x = layer(x)
+    return x
 
 
 def _plain_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -12,8 +12,11 @@ import contextlib
 import copy
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -24,10 +27,19 @@ from layers.compressai import CompressionModel
 
 from . import container
 from .container import BitstreamError, Stream
-from .entropy import LatentDecoder, LatentEncoder, LatentTables, SlicePredictor
+from .entropy import (
+    LatentDecoder,
+    LatentEncoder,
+    LatentTables,
+    SlicePredictor,
+    Symbols,
+    dequantise,
+    round_y,
+    round_z,
+)
 from .gains import Gains, GainVectors, gains_at, in_float64, scaled
 
-MAX_GRAPHED_SIZES = 8  # of pictures; each has 13 graphs, whose memory is kept
+MAX_GRAPHED_SIZES = 8  # of pictures; each has 8 graphs, whose memory is kept
 
 # What only the encoder uses, and what the tables were made from.
 _ENCODER = ("g_a.", "h_a.", "gains.y_enc", "gains.z_enc")
@@ -49,22 +61,33 @@ class Coder:
             decoding on the same machine only.
         graphs: replay pictures of a size seen before from CUDA graphs, so that the GPU need not
             wait for its host. The graphs of eight sizes are kept; a ninth size replaces them all.
+        precision: of the blocks of g_a and g_s, see `SliceHyperprior.forward`. The symbols of a
+            stream are the same in any: what is coded in one precision decodes in another.
 
     Raises:
         ValueError: the model is in training mode, its CDF tables are missing or damaged, or
             graphs are asked for on a CPU.
     """
 
-    def __init__(self, model: CompressionModel, *, exact: bool = True, graphs: bool = False):
+    def __init__(
+        self,
+        model: CompressionModel,
+        *,
+        exact: bool = True,
+        graphs: bool = False,
+        precision: torch.dtype = torch.float32,
+    ):
         if model.training:
             raise ValueError("the model is in training mode; call eval() before coding")
         if graphs and model.entropy_bottleneck.quantiles.device.type != "cuda":
             raise ValueError("CUDA graphs need a model on a GPU; leave graphs=True out")
         self.model = model
         self.exact = exact
+        self.precision = precision
         self._tables = LatentTables(model.entropy_bottleneck, model.gaussian_conditional)
         self._slices = model.slices
         self._dtype = model.entropy_bottleneck.quantiles.dtype
+        self._device = model.entropy_bottleneck.quantiles.device
         self._replay = Replay() if graphs else None
         self._sizes: set[tuple[int, ...]] = set()  # that the graphs are of
 
@@ -74,10 +97,11 @@ class Coder:
         return fingerprint(self.model.state_dict())
 
     @functools.cached_property
-    def _exact_slices(self) -> SlicePredictor:
+    def _exact_slices(self) -> _ExactPredictor:
         # Tensors made in inference mode could not be used outside of it.
         with torch.inference_mode(False), torch.no_grad():
-            return _in_float64(self._slices)
+            side = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+            return _ExactPredictor(**_in_float64(self._slices), side=side)
 
     @functools.cached_property
     def _gains(self) -> Gains | None:
@@ -105,15 +129,21 @@ class Coder:
         """
         gain, rounded_gain = self._gains_at(quality)
         self._make_room(len(x), *self._z_shape(*x.shape[-2:]))
-        y, z = self._run(
-            self.model.analyse, self.model.pad(x), rounded_gain.y_enc, rounded_gain.z_enc
+        encoder = LatentEncoder(self._tables, len(x))
+        stretches = self._run(
+            self._analysis,
+            self.model.pad(x),
+            self.exact,
+            rounded_gain.y_enc,
+            rounded_gain.z_enc,
+            gain.z_dec,
         )
-        encoder = LatentEncoder(self._tables, y)
-        with _deterministic_arithmetic():
-            z_strings, z_hat = encoder.encode_z(z)
-            self._walk(scaled(z_hat, gain.z_dec), encoder.round_slice, self.exact)
+        z = _fetch(next(stretches))
+        y = _fetch(next(stretches))
+        z_strings = encoder.encode_z(Symbols(*z()))  # while the device predicts y
+        y_strings = encoder.encode_y(Symbols(*y()))
         return {
-            "strings": [encoder.encode_y(), z_strings],
+            "strings": [y_strings, z_strings],
             "shape": self._z_shape(*x.shape[-2:]),
             "size": tuple(x.shape[-2:]),
             "guards": encoder.guards,
@@ -150,24 +180,40 @@ class Coder:
         """
         gain, rounded_gain = self._gains_at(quality)
         y_strings, z_strings = strings
-        self._make_room(len(y_strings), *shape)
+        batch = len(y_strings)
+        self._make_room(batch, *shape)
         decoder = LatentDecoder(self._tables, y_strings, guards or [[] for _ in y_strings])
-        with _deterministic_arithmetic():
-            z_hat = decoder.decode_z(z_strings, shape)
-            z_hat = scaled(z_hat, gain.z_dec)
-            y_hat = self._walk(z_hat, decoder.read_slice, self.exact if exact is None else exact)
+        symbols = self._host_tensor(batch, self._tables.medians.numel() * math.prod(shape))
+        decoder.read_z(z_strings, symbols.numpy())
+        stretches = self._run(
+            self._synthesis,
+            symbols,
+            tuple(shape),
+            self.exact if exact is None else exact,
+            gain.z_dec,
+            rounded_gain.y_dec,
+        )
+        stretch = next(stretches)
+        for _ in range(len(self._slices.lrp_transforms)):
+            fetch = _fetch([stretch])
+            decoder.checksum(symbols.numpy())  # while the device predicts the next slice
+            (indexes,) = fetch()
+            symbols = self._host_tensor(*indexes.shape)
+            decoder.read_slice(indexes, symbols.numpy())
+            stretch = stretches.send(symbols)
+        decoder.checksum(symbols.numpy())
         decoder.finish()
         if crcs is not None and list(crcs) != decoder.crcs:
             raise BitstreamError(
                 "decoded symbols differ from those that were encoded; the stream is damaged, or "
                 "it was made by another model or without the exact entropy path on another machine"
             )
+        y_hat, x_hat = stretch, next(stretches)
         height, width = size or (None, None)
-        y_hat = y_hat.to(self._dtype).contiguous(memory_format=torch.channels_last)
-        x_hat = self._run(self.model.g_s, scaled(y_hat, rounded_gain.y_dec))[..., :height, :width]
+        x_hat = x_hat[..., :height, :width]
         if not x_hat.isfinite().all():
             raise ValueError("the network's picture is not finite; check its weights")
-        return {"x_hat": x_hat.clamp(0, 1), "y_hat": y_hat}
+        return {"x_hat": x_hat.clamp(0, 1), "y_hat": y_hat.clone()}
 
     def encode(self, x: Tensor, quality: float | None = None) -> bytes:
         """Code one picture as a `.mvc` file.
@@ -243,20 +289,71 @@ class Coder:
         gain = gains_at(self._gains, quality)
         return gain, gain.to(self._dtype)
 
-    def _walk(self, z_hat: Tensor, quantise, exact: bool) -> Tensor:
-        """Run the entropy path on z_hat, which is float64; return y_hat."""
-        if exact:
-            return self._exact_slices(z_hat, quantise, self._run)
-        return self._slices(z_hat.to(self._dtype), quantise, self._run)
+    def _analysis(
+        self,
+        x: Tensor,
+        exact: bool,
+        y_enc: Tensor | None,
+        z_enc: Tensor | None,
+        z_dec: Tensor | None,
+    ) -> Generator[Symbols, None, None]:
+        """Symbols of z, then those of y, of padded pictures; ``z_dec`` is float64."""
+        y, z = self.model.analyse(x, y_enc, z_enc, self.precision)
+        symbols = round_z(z, self._tables)
+        yield symbols
+        slices, dtype = self._path(exact)
+        with _deterministic_arithmetic():
+            z_hat = dequantise(symbols.values.view(z.shape), self._tables.medians)
+            symbols = round_y(y, scaled(z_hat, z_dec).to(dtype), slices, self._tables)
+        yield symbols
+
+    def _synthesis(
+        self,
+        symbols: Tensor,
+        shape: tuple[int, int],
+        exact: bool,
+        z_dec: Tensor | None,
+        y_dec: Tensor | None,
+    ) -> Generator[Tensor, Tensor | None, None]:
+        """Table indexes of each slice of y, for which it is sent the symbols; y_hat; x_hat.
+
+        Args:
+            symbols: of z (batch, symbols), int32.
+            shape: (rows, columns) of z.
+            z_dec: float64.
+        """
+        slices, dtype = self._path(exact)
+        symbols = symbols.to(self._device, non_blocking=True).unflatten(1, (-1, *shape))
+        with _deterministic_arithmetic():
+            z_hat = dequantise(symbols, self._tables.medians)
+            walk = slices.walk(scaled(z_hat, z_dec).to(dtype))
+            step = next(walk)
+        for _ in range(len(slices.lrp_transforms)):
+            mu, scale = step
+            symbols = yield self._tables.indexes(scale)
+            symbols = symbols.to(self._device, non_blocking=True)
+            with _deterministic_arithmetic():
+                step = walk.send(dequantise(symbols.view(mu.shape), mu))
+        y_hat = step.to(self._dtype).contiguous(memory_format=torch.channels_last)
+        yield y_hat
+        yield self.model.synthesise(y_hat, y_dec, self.precision)
+
+    def _path(self, exact: bool) -> tuple[SlicePredictor, torch.dtype]:
+        """The entropy path and its dtype."""
+        return (self._exact_slices, torch.float64) if exact else (self._slices, self._dtype)
+
+    def _host_tensor(self, *shape: int) -> Tensor:
+        """A tensor on the host that the device can fetch while the host goes on."""
+        return torch.empty(shape, dtype=torch.int32, pin_memory=self._device.type == "cuda")
 
     def _z_shape(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of z for a picture of this size."""
         factor = self.model.downsampling_factor
         return -(-height // factor), -(-width // factor)
 
-    def _run(self, stage, *args):
-        """Run a stage of the network, a function of its arguments and of the weights only."""
-        return self._replay(stage, *args) if self._replay else stage(*args)
+    def _run(self, function: Callable[..., Generator], *args) -> Generator:
+        """Run a generator function of its arguments, of what it is sent, and of the weights."""
+        return self._replay.stretches(function, *args) if self._replay else function(*args)
 
     def _make_room(self, batch: int, rows: int, columns: int) -> None:
         """Make room for the graphs of a batch with z of so many rows and columns."""
@@ -266,6 +363,45 @@ class Coder:
                 self._replay.forget()
                 self._sizes.clear()
             self._sizes.add(size)
+
+
+def _fetch(tensors: Iterable[Tensor | None]) -> Callable[[], list[np.ndarray | None]]:
+    """Begin to copy tensors to the host; a call of the result waits and returns them as arrays."""
+    copies = [t if t is None else t.to("cpu", non_blocking=True) for t in tensors]
+    done = None
+    if any(t is not None and t.is_cuda for t in tensors):
+        done = torch.cuda.Event()
+        done.record()
+
+    def wait() -> list[np.ndarray | None]:
+        if done is not None:
+            done.synchronize()
+        return [copy if copy is None else copy.numpy() for copy in copies]
+
+    return wait
+
+
+@dataclass(frozen=True, eq=False)
+class _ExactPredictor(SlicePredictor):
+    """A `SlicePredictor` in float64.
+
+    Attributes:
+        side: stream on which a GPU predicts scales while it predicts means; its maps are so small
+            that most of it would wait otherwise. None on a CPU.
+    """
+
+    side: torch.cuda.Stream | None
+
+    def both(self, of_means: Callable, of_scales: Callable) -> tuple:
+        if self.side is None:
+            return super().both(of_means, of_scales)
+        current = torch.cuda.current_stream()
+        self.side.wait_stream(current)
+        with torch.cuda.stream(self.side):
+            scales = of_scales()
+        means = of_means()
+        current.wait_stream(self.side)
+        return means, scales
 
 
 class _ProductConv2d(nn.Module):
@@ -290,19 +426,51 @@ class _ProductConv2d(nn.Module):
         return torch.baddbmm(self.bias, weight, columns).unflatten(-1, x.shape[-2:])
 
 
-def _in_float64(slices: SlicePredictor) -> SlicePredictor:
-    """A copy that computes in float64, with products in place of convolutions of stride 1."""
-    slices = copy.deepcopy(slices)
-    for part in vars(slices).values():
+class _ProductConvTranspose2d(nn.Module):
+    """A transposed convolution as one matrix product, whose parts are then added up."""
+
+    def __init__(self, convolution: nn.ConvTranspose2d):
+        super().__init__()
+        self.kernel_size = convolution.kernel_size
+        self.stride = convolution.stride
+        self.padding = convolution.padding
+        self.output_padding = convolution.output_padding
+        self.register_buffer("weight", convolution.weight.flatten(1).T)  # (out * k * k, in)
+        self.register_buffer("bias", convolution.bias[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = self.weight.expand(len(x), -1, -1) @ x.flatten(2)
+        sides = zip(
+            x.shape[-2:],
+            self.stride,
+            self.padding,
+            self.kernel_size,
+            self.output_padding,
+            strict=True,
+        )
+        size = [(n - 1) * s - 2 * p + k + extra for n, s, p, k, extra in sides]
+        y = F.fold(columns, size, self.kernel_size, padding=self.padding, stride=self.stride)
+        return y + self.bias
+
+
+def _in_float64(slices: SlicePredictor) -> dict:
+    """Copies of its parts that compute in float64, with products in place of convolutions.
+
+    Those of a stride other than 1 and the depthwise ones of `SS2D`, which are a kernel's and not
+    called, stay.
+    """
+    parts = copy.deepcopy(vars(slices))
+    for part in parts.values():
         if not isinstance(part, nn.Module):
             continue
         part.to(dtype=torch.float64, memory_format=torch.contiguous_format)
         for parent in list(part.modules()):
             for name, layer in list(parent.named_children()):
-                # The depthwise convolutions of `SS2D` are a kernel's and not called.
                 if type(layer) is nn.Conv2d and layer.stride == (1, 1) and layer.groups == 1:
                     setattr(parent, name, _ProductConv2d(layer))
-    return slices
+                if type(layer) is nn.ConvTranspose2d:
+                    setattr(parent, name, _ProductConvTranspose2d(layer))
+    return parts
 
 
 def _deterministic_arithmetic() -> contextlib.AbstractContextManager:

@@ -1,8 +1,12 @@
 """Channel-wise autoregressive entropy model: one slice loop for all uses (arXiv:2007.08739)."""
 
+from __future__ import annotations
+
+import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,11 +23,6 @@ from .rans import MAX_SYMBOL, SymbolDecoder, Tables, encode
 GUARD = 1e-6
 
 Quantise = Callable[[int, Tensor, Tensor], Tensor]
-
-
-def run_eagerly(stage: Callable, *args):
-    """Call a stage of the network; `SlicePredictor` may be given something faster."""
-    return stage(*args)
 
 
 class _RoundFrom(torch.autograd.Function):
@@ -93,36 +92,62 @@ class SlicePredictor:
     lrp_transforms: nn.ModuleList
     max_support_slices: int
 
-    def __call__(self, z_hat: Tensor, quantise: Quantise, run: Callable = run_eagerly) -> Tensor:
+    def __call__(self, z_hat: Tensor, quantise: Quantise) -> Tensor:
         """Walk over the slices and return y_hat (batch, M, h, w).
 
         Args:
             z_hat: (batch, Z, h/4, w/4).
             quantise: ``quantise(i, mu, scale)`` returns the quantised slice i, given its predicted
-                mean and scale: by rounding y, or by decoding its symbols.
-            run: ``run(stage, *args)`` runs what lies between; each stage depends on its arguments
-                (tensors and integers) and the weights only.
+                mean and scale: by rounding y, for instance.
         """
-        latents = run(self.transform, z_hat)
+        walk = self.walk(z_hat)
+        result = next(walk)
+        for i in range(len(self.lrp_transforms)):
+            result = walk.send(quantise(i, *result))
+        return result
+
+    def walk(self, z_hat: Tensor) -> Generator[tuple[Tensor, Tensor] | Tensor, Tensor, None]:
+        """The walk that stops at each slice until it gets its values.
+
+        Args:
+            z_hat: (batch, Z, h/4, w/4).
+
+        Yields:
+            Mean and scale of each slice, which takes the quantised slice; in the end y_hat
+            (batch, M, h, w).
+        """
+        latents = self.transform(z_hat)
         y_hat: list[Tensor] = []
         for i in range(len(self.lrp_transforms)):
             support = y_hat[: self.max_support_slices]
-            mu, scale, mean_support = run(self.predict, i, *latents, *support)
-            y_hat.append(run(self.correct, i, mean_support, quantise(i, mu, scale)))
-        return torch.cat(y_hat, dim=1)
+            mu, scale, mean_support = self.predict(i, *latents, *support)
+            y_hat_slice = yield mu, scale
+            y_hat.append(self.correct(i, mean_support, y_hat_slice))
+        yield torch.cat(y_hat, dim=1)
 
     def transform(self, z_hat: Tensor) -> tuple[Tensor, Tensor]:
         """What all slices' means and all slices' scales are predicted from."""
-        return self.h_mean_s(z_hat), self.h_scale_s(z_hat)
+        return self.both(lambda: self.h_mean_s(z_hat), lambda: self.h_scale_s(z_hat))
 
     def predict(
         self, i: int, latent_means: Tensor, latent_scales: Tensor, *support: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Mean and scale of slice i from the slices before it; what `correct` starts from."""
-        mean_support = self.atten_mean[i](torch.cat([latent_means, *support], dim=1))
-        scale_support = self.atten_scale[i](torch.cat([latent_scales, *support], dim=1))
-        mu = self.cc_mean_transforms[i](mean_support)
-        return mu, self.cc_scale_transforms[i](scale_support), mean_support
+
+        def predict_mean() -> tuple[Tensor, Tensor]:
+            mean_support = self.atten_mean[i](torch.cat([latent_means, *support], dim=1))
+            return self.cc_mean_transforms[i](mean_support), mean_support
+
+        def predict_scale() -> Tensor:
+            scale_support = self.atten_scale[i](torch.cat([latent_scales, *support], dim=1))
+            return self.cc_scale_transforms[i](scale_support)
+
+        (mu, mean_support), scale = self.both(predict_mean, predict_scale)
+        return mu, scale, mean_support
+
+    def both(self, of_means: Callable, of_scales: Callable) -> tuple:
+        """Results of two functions that need nothing of each other, each a part of the network."""
+        return of_means(), of_scales()
 
     def correct(self, i: int, mean_support: Tensor, y_hat_slice: Tensor) -> Tensor:
         """Add the predicted residual of rounding to slice i."""
@@ -165,123 +190,143 @@ class LatentTables:
                 )
         self.boundaries = scales[:-1]
 
+    def indexes(self, scale: Tensor) -> Tensor:
+        """Index of the narrowest entry of y's that is not below the scale.
 
-def _check(symbols: Tensor, prediction: Tensor) -> None:
-    """Check that symbols can be coded, and that what they are coded with is finite.
+        Args:
+            scale: (batch, channels, height, width).
 
-    Raises:
-        ValueError: they are not.
+        Returns:
+            int32 (batch, symbols).
+        """
+        scale = scale.double().flatten(1)
+        return torch.bucketize(scale.contiguous(), self.boundaries, out_int32=True)
+
+
+def dequantise(symbols: Tensor, offset: Tensor) -> Tensor:
+    """Sum of both in the dtype of the offset, laid out in one way.
+
+    Encoder and decoder then run the same kernels on it.
     """
-    if not ((symbols.abs() <= MAX_SYMBOL).all() and prediction.isfinite().all()):
-        raise ValueError(
-            f"latents or their predictions are not finite, or larger than {MAX_SYMBOL}; "
-            "check the weights and that the picture is in [0, 1]"
-        )
+    return (symbols.to(offset.dtype) + offset).contiguous()
 
 
-def _dequantise(symbols: Tensor, offset: Tensor) -> Tensor:
-    """Their sum, in one memory layout: encoder and decoder then run the same kernels on it."""
-    return (symbols + offset).contiguous()
+class Symbols(NamedTuple):
+    """What is coded of one latent, on the device; and on the host, as arrays.
+
+    Attributes:
+        values: int32 (batch, symbols), in the order channel, row, column.
+        largest: float64 (2,); the largest absolute values of all symbols, before they became
+            integers, and of what they are coded with. NaN counts as larger than any number.
+        indexes: int32, of each symbol's table; None for z.
+        near: bool, where another device may find another index; None for z.
+    """
+
+    values: Tensor | np.ndarray
+    largest: Tensor | np.ndarray
+    indexes: Tensor | np.ndarray | None = None
+    near: Tensor | np.ndarray | None = None
+
+    @classmethod
+    def of(cls, rounded: Tensor, prediction: Tensor, *rest: Tensor) -> Symbols:
+        largest = [values.abs().amax().double() for values in (rounded, prediction)]
+        return cls(rounded.to(torch.int32).flatten(1), torch.stack(largest), *rest)
 
 
-def _flat(values: Tensor) -> list[np.ndarray]:
-    """(batch, ...) tensor as one flat int32 array per image, in (channel, row, column) order."""
-    return list(values.to(torch.int32).flatten(1).cpu().numpy())
+def round_z(z: Tensor, tables: LatentTables) -> Symbols:
+    """Symbols of z (batch, Z, h/4, w/4)."""
+    return Symbols.of(torch.round(z - tables.medians.to(z.dtype)), tables.medians)
+
+
+def round_y(y: Tensor, z_hat: Tensor, slices: SlicePredictor, tables: LatentTables) -> Symbols:
+    """Symbols of y (batch, M, h, w), each slice predicted from z_hat and the slices before it."""
+    symbols, scales = [], []
+
+    def round_slice(i: int, mu: Tensor, scale: Tensor) -> Tensor:
+        channels = mu.shape[1]
+        y_slice = y[:, i * channels : (i + 1) * channels].to(mu.dtype)
+        symbols.append(torch.round(y_slice - mu))
+        scales.append(scale)
+        return dequantise(symbols[i], mu)
+
+    slices(z_hat, round_slice)
+    scale = torch.cat(scales, dim=1).double()
+    lower, upper = (tables.indexes(scale * math.exp(error)) for error in (-GUARD, GUARD))
+    return Symbols.of(torch.cat(symbols, dim=1), scale, tables.indexes(scale), lower != upper)
 
 
 class _LatentCoder:
-    """What encoder and decoder share: table indexes, and the checksum of all symbols."""
+    """What encoder and decoder share: the tables, and the checksum of all symbols.
+
+    Attributes:
+        crcs: per image, the CRC-32 of all symbols of z and y (little-endian int32, coding order).
+    """
 
     def __init__(self, tables: LatentTables, batch: int):
         self.tables = tables
         self.crcs = [0] * batch
 
-    def table_indexes(self, scale: Tensor) -> Tensor:
-        """Index of the narrowest table entry that is not below the scale: int64, like scale."""
-        return torch.bucketize(scale.double().contiguous(), self.tables.boundaries)
-
-    def z_indexes(self, shape: Sequence[int]) -> np.ndarray:
-        """Table index of each symbol of z, which is its channel."""
+    def z_indexes(self, count: int) -> np.ndarray:
+        """Table index of each of ``count`` symbols of z, which is its channel."""
         channels = len(self.tables.z.offsets)
-        return np.repeat(np.arange(channels, dtype=np.int32), shape[0] * shape[1])
+        return np.repeat(np.arange(channels, dtype=np.int32), count // channels)
 
-    def checksum(self, image: int, symbols: np.ndarray) -> None:
-        data = np.ascontiguousarray(symbols, dtype="<i4").tobytes()
-        self.crcs[image] = zlib.crc32(data, self.crcs[image])
+    def checksum(self, symbols: np.ndarray) -> None:
+        """Add symbols, (batch, symbols), to the checksums."""
+        for image, values in enumerate(symbols):
+            self.crcs[image] = zlib.crc32(values.astype("<i4", copy=False), self.crcs[image])
 
 
 class LatentEncoder(_LatentCoder):
-    """Collects the symbols of z and of the slices of y and turns them into strings.
+    """Turns the symbols of z and y into strings.
 
     Attributes:
         guards: per image, the (position, index) of each symbol of y whose scale lies within
             `GUARD` of a table boundary; positions count in coding order.
-        crcs: per image, the CRC-32 of all symbols of z and y (little-endian int32, coding order).
     """
 
-    def __init__(self, tables: LatentTables, y: Tensor):
-        super().__init__(tables, len(y))
-        self.y = y
-        self.guards: list[list[tuple[int, int]]] = [[] for _ in y]
-        self.coded: list[list[Tensor]] = []  # per slice: symbols, scales, indexes, guards
+    def __init__(self, tables: LatentTables, batch: int):
+        super().__init__(tables, batch)
+        self.guards: list[list[tuple[int, int]]] = [[] for _ in range(batch)]
 
-    def encode_z(self, z: Tensor) -> tuple[list[bytes], Tensor]:
-        """Return the strings of z and z_hat in float64."""
-        medians = self.tables.medians
-        symbols = torch.round(z - medians.to(z.dtype))
-        _check(symbols, medians)
-        indexes = [self.z_indexes(z.shape[-2:])] * len(z)
-        strings = self._encode(_flat(symbols), indexes, self.tables.z)
-        return strings, _dequantise(symbols.double(), medians)
+    def encode_z(self, symbols: Symbols) -> list[bytes]:
+        """The string of z of each image.
 
-    def round_slice(self, i: int, mu: Tensor, scale: Tensor) -> Tensor:
-        """Round slice i of y and keep it for `encode_y`; a `SlicePredictor` calls it."""
-        channels = mu.shape[1]
-        y = self.y[:, i * channels : (i + 1) * channels]
-        symbols = torch.round(y.to(mu.dtype) - mu)
-        indexes = self.table_indexes(scale)
-        coded = (symbols, scale, indexes, self._near_boundary(scale, indexes))
-        self.coded.append([values.flatten(1) for values in coded])
-        return _dequantise(symbols, mu)
+        Args:
+            symbols: of `round_z`, as arrays.
 
-    def _near_boundary(self, scale: Tensor, indexes: Tensor) -> Tensor:
-        """True where another device may find another index."""
-        log_scale = scale.double().clamp(min=1e-12).log()
-        log_boundaries = self.tables.boundaries.log()
-        last = len(log_boundaries) - 1
-        # An index lies between boundary index - 1 below it and boundary index above it.
-        return (
-            torch.minimum(
-                (log_scale - log_boundaries[(indexes - 1).clamp(min=0)]).abs(),
-                (log_scale - log_boundaries[indexes.clamp(max=last)]).abs(),
-            )
-            < GUARD
-        )
+        Raises:
+            ValueError: a symbol cannot be coded.
+        """
+        indexes = self.z_indexes(symbols.values.shape[1])
+        return self._encode(symbols, [indexes] * len(symbols.values), self.tables.z)
 
-    def encode_y(self) -> list[bytes]:
-        """The string of y of each image, once all slices are rounded.
+    def encode_y(self, symbols: Symbols) -> list[bytes]:
+        """The string of y of each image; call it after `encode_z`.
 
-        Nothing before this makes the host wait for the device.
+        Args:
+            symbols: of `round_y`, as arrays.
 
         Raises:
             ValueError: a symbol or a scale cannot be coded.
         """
-        symbols, scales, indexes, near = (
-            torch.cat(slices, dim=1) for slices in zip(*self.coded, strict=True)
-        )
-        _check(symbols, scales)
-        images, positions = near.nonzero(as_tuple=True)
-        chosen = indexes[images, positions]
-        for image, position, index in torch.stack([images, positions, chosen], 1).tolist():
-            self.guards[image].append((position, index))
-        return self._encode(_flat(symbols), _flat(indexes), self.tables.y)
+        strings = self._encode(symbols, symbols.indexes, self.tables.y)
+        for guards, near, indexes in zip(self.guards, symbols.near, symbols.indexes, strict=True):
+            (positions,) = near.nonzero()
+            guards += zip(positions.tolist(), indexes[positions].tolist(), strict=True)
+        return strings
 
     def _encode(
-        self, symbols: Sequence[np.ndarray], indexes: Sequence[np.ndarray], tables: Tables
+        self, symbols: Symbols, indexes: Sequence[np.ndarray], tables: Tables
     ) -> list[bytes]:
-        for image, values in enumerate(symbols):
-            self.checksum(image, values)
-        return [encode(*each, tables) for each in zip(symbols, indexes, strict=True)]
+        largest_symbol, largest_prediction = symbols.largest
+        if not (largest_symbol <= MAX_SYMBOL and largest_prediction < np.inf):
+            raise ValueError(
+                f"latents or their predictions are not finite, or larger than {MAX_SYMBOL}; "
+                "check the weights and that the picture is in [0, 1]"
+            )
+        self.checksum(symbols.values)
+        return [encode(*each, tables) for each in zip(symbols.values, indexes, strict=True)]
 
 
 class LatentDecoder(_LatentCoder):
@@ -303,31 +348,33 @@ class LatentDecoder(_LatentCoder):
         self.decoders = [SymbolDecoder(string, self.tables.y) for string in y_strings]
         self.position = 0  # symbols of y decoded so far in each image
 
-    def decode_z(self, strings: Sequence[bytes], shape: Sequence[int]) -> Tensor:
-        """Return z_hat (batch, Z, *shape) in float64."""
-        images = []
-        for image, string in enumerate(strings):
-            decoder = SymbolDecoder(string, self.tables.z)
-            values = decoder.get(self.z_indexes(shape))
-            decoder.finish()
-            self.checksum(image, values)
-            images.append(torch.from_numpy(values).reshape(-1, *shape))
-        medians = self.tables.medians
-        return _dequantise(torch.stack(images).to(medians.device).double(), medians)
+    def read_z(self, strings: Sequence[bytes], symbols: np.ndarray) -> None:
+        """Decode the symbols of z.
 
-    def read_slice(self, i: int, mu: Tensor, scale: Tensor) -> Tensor:
-        """Decode slice i of y; a `SlicePredictor` calls it."""
-        count = mu[0].numel()
-        images = []
-        for image, rows in enumerate(_flat(self.table_indexes(scale))):
+        Args:
+            symbols: int32 (batch, symbols), which is filled.
+        """
+        indexes = self.z_indexes(symbols.shape[1])
+        for string, values in zip(strings, symbols, strict=True):
+            decoder = SymbolDecoder(string, self.tables.z)
+            decoder.get(indexes, values)
+            decoder.finish()
+
+    def read_slice(self, indexes: np.ndarray, symbols: np.ndarray) -> None:
+        """Decode the next slice of y.
+
+        Args:
+            indexes: int32 (batch, symbols), of each symbol's table, as found here. They are
+                overwritten where the encoder listed them.
+            symbols: int32 (batch, symbols), which is filled.
+        """
+        count = indexes.shape[1]
+        for image, rows in enumerate(indexes):
             positions, listed = (self.guards[image] - (self.position, 0)).T
             here = (positions >= 0) & (positions < count)
             rows[positions[here]] = listed[here]
-            values = self.decoders[image].get(rows)
-            self.checksum(image, values)
-            images.append(torch.from_numpy(values).reshape(mu.shape[1:]))
+            self.decoders[image].get(rows, symbols[image])
         self.position += count
-        return _dequantise(torch.stack(images).to(mu.device).to(mu.dtype), mu)
 
     def finish(self) -> None:
         """Check that the strings of y and the guards end here, once all slices are decoded.

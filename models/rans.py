@@ -26,6 +26,8 @@ from typing import NamedTuple
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.extending import intrinsic
 
 from layers.compressai import EntropyModel
 
@@ -37,6 +39,7 @@ MAX_SYMBOL = 2**24
 _PRECISION = 16
 _TOTAL = 1 << _PRECISION  # of the frequencies of a table
 _LOW = _TOTAL - 1
+_MAX_UINT64 = np.uint64(2**64 - 1)
 _FIRST_STATE = 1 << 16
 _REFILL = 1 << 32  # below this the decoder takes a word, if there is one
 _LENGTH_BITS = 5
@@ -64,12 +67,14 @@ class Tables(NamedTuple):
             table stands for all values outside it.
         lookup: int32 (tables, 1024); the entry that the decoder's search for a cumulative
             frequency starts from, by the frequency's leading 10 bits.
+        likeliest: int32 (tables,); the entry with the highest frequency.
     """
 
     cdf: np.ndarray
     rows: np.ndarray
     offsets: np.ndarray
     lookup: np.ndarray
+    likeliest: np.ndarray
 
     @classmethod
     def of(cls, model: EntropyModel) -> Tables:
@@ -103,6 +108,7 @@ class Tables(NamedTuple):
             )
         rows = np.zeros(len(cdfs) + 1, dtype=np.int32)
         lookup = np.empty((len(cdfs), 1 << _LOOKUP_BITS), dtype=np.int32)
+        likeliest = np.empty(len(cdfs), dtype=np.int32)
         parts = []
         for k, (row, length, offset) in enumerate(zip(cdfs, lengths, offsets, strict=True)):
             part = row[: max(length, 0)].astype(np.int64)  # differences fit
@@ -116,7 +122,8 @@ class Tables(NamedTuple):
             rows[k + 1] = rows[k] + length
             buckets = np.arange(1 << _LOOKUP_BITS) << _LOOKUP_SHIFT
             lookup[k] = np.searchsorted(part, buckets, side="right") - 1
-        return cls(np.concatenate(parts).astype(np.int32), rows, offsets, lookup)
+            likeliest[k] = np.diff(part).argmax()
+        return cls(np.concatenate(parts).astype(np.int32), rows, offsets, lookup, likeliest)
 
 
 def encode(symbols: np.ndarray, indexes: np.ndarray, tables: Tables) -> bytes:
@@ -132,11 +139,14 @@ def encode(symbols: np.ndarray, indexes: np.ndarray, tables: Tables) -> bytes:
             f"{indexes.shape} indexes"
         )
     words = np.empty(_WORDS_PER_SYMBOL * len(symbols), dtype=np.uint16)
-    status, first, x = _encode(symbols.astype(np.int32), indexes.astype(np.int32), tables, words)
+    status, first, x = _encode(
+        symbols.astype(np.int32, copy=False), indexes.astype(np.int32, copy=False), tables, words
+    )
     if status == _BAD_INDEX:
         raise ValueError(f"a table index is outside the {len(tables.offsets)} tables")
     if status == _BAD_SYMBOL:
         raise ValueError(f"a symbol is larger than {MAX_SYMBOL}; check the weights and picture")
+    x = int(x)
     state = x.to_bytes((x.bit_length() + 7) // 8, "little")
     return state + words[first:].astype("<u2").tobytes()
 
@@ -160,17 +170,25 @@ class SymbolDecoder:
         if self._x < _FIRST_STATE:
             raise _exhausted()
 
-    def get(self, indexes: np.ndarray) -> np.ndarray:
+    def get(self, indexes: np.ndarray, symbols: np.ndarray | None = None) -> np.ndarray:
         """Next symbols (int32, flat), one for each table index (int32, flat).
+
+        Args:
+            symbols: filled and returned, if there is such an array.
 
         Raises:
             BitstreamError: the string ends before, it holds an impossible value, or an index
                 names no table.
         """
-        symbols = np.empty(len(indexes), dtype=np.int32)
-        indexes = indexes.astype(np.int32)
+        if symbols is None:
+            symbols = np.empty(len(indexes), dtype=np.int32)
         status, self._position, self._x = _decode(
-            self._words, self._position, self._x, indexes, self._tables, symbols
+            self._words,
+            self._position,
+            self._x,
+            indexes.astype(np.int32, copy=False),
+            self._tables,
+            symbols,
         )
         if status == _EXHAUSTED:
             raise _exhausted()
@@ -194,26 +212,49 @@ def _exhausted() -> BitstreamError:
     return BitstreamError("a string ends before the picture's last symbol; the file is damaged")
 
 
+@intrinsic
+def _high_product(context, a, b):
+    """The upper 64 of the 128 bits of a product of two uint64."""
+
+    def generate(context, builder, signature, args):
+        wide = ir.IntType(128)
+        product = builder.mul(*(builder.zext(arg, wide) for arg in args))
+        return builder.trunc(builder.lshr(product, ir.Constant(wide, 64)), ir.IntType(64))
+
+    return numba.uint64(numba.uint64, numba.uint64), generate
+
+
+# Where arrays are handed from function to function they are counted, which takes longer than to
+# code a symbol: only what is rare, the bits of values outside their tables, has such functions.
+
+
 @_jit
-def _push(x, start, frequency, words, first):
-    if x >= frequency << 32:
-        first -= 1
-        words[first] = x & _LOW
-        x >>= 16
-    return ((x // frequency) << _PRECISION) + x % frequency + start, first
+def _coded(x, start, frequency):
+    """The state after a symbol; before it x, uint64, is below frequency * 2**32."""
+    frequency = np.uint64(frequency)
+    # x // frequency as a product with 2**64 / frequency, rounded up: each symbol waits for the one
+    # before it, and a division takes longest of all. For such a state it is exact.
+    quotient = x
+    if frequency > 1:
+        quotient = _high_product(x, _MAX_UINT64 // frequency + np.uint64(1))
+    return x + quotient * (np.uint64(_TOTAL) - frequency) + np.uint64(start)
 
 
 @_jit
 def _push_bits(x, value, count, words, first):
     shift = _PRECISION - count
-    return _push(x, value << shift, 1 << shift, words, first)
+    if x >> np.uint64(32) >= np.uint64(1 << shift):
+        first -= 1
+        words[first] = x & np.uint64(_LOW)
+        x >>= np.uint64(_PRECISION)
+    return _coded(x, value << shift, 1 << shift), first
 
 
 @_jit
 def _encode(symbols, indexes, tables, words):
     """Fill ``words`` from its end; return status, position of the first word, and state."""
-    cdf, rows, offsets, _ = tables
-    x = _FIRST_STATE
+    cdf, rows, offsets = tables[:3]
+    x = np.uint64(_FIRST_STATE)
     first = len(words)
     for i in range(len(symbols) - 1, -1, -1):
         index = indexes[i]
@@ -237,42 +278,48 @@ def _encode(symbols, indexes, tables, words):
             entry = other
         start = cdf[row + entry]
         frequency = cdf[row + entry + 1] - start
-        x, first = _push(x, start, frequency, words, first)
+        if x >> np.uint64(32) >= np.uint64(frequency):
+            first -= 1
+            words[first] = x & np.uint64(_LOW)
+            x >>= np.uint64(_PRECISION)
+        x = _coded(x, start, frequency)
     return _OK, first, x
-
-
-@_jit
-def _pop(x, start, frequency, words, position):
-    x = frequency * (x >> _PRECISION) + (x & _LOW) - start
-    if x < _REFILL and position < len(words):
-        x = x << 16 | words[position]
-        position += 1
-    return x, position
 
 
 @_jit
 def _pop_bits(x, count, words, position):
     shift = _PRECISION - count
     value = (x & _LOW) >> shift
-    x, position = _pop(x, value << shift, 1 << shift, words, position)
+    x = ((x >> _PRECISION) << shift) + (x & ((1 << shift) - 1))
+    if x < _REFILL and position < len(words):
+        x = x << _PRECISION | words[position]
+        position += 1
     return value, x, position
 
 
 @_jit
 def _decode(words, position, x, indexes, tables, symbols):
     """Fill ``symbols``; return status, number of words read, and state."""
-    cdf, rows, offsets, lookup = tables
+    cdf, rows, offsets, lookup, likeliest = tables
     for i in range(len(indexes)):
         index = indexes[i]
         if not 0 <= index < len(offsets):
             return _BAD_INDEX, position, x
         row = rows[index]
         frequency = x & _LOW
-        entry = lookup[index, frequency >> _LOOKUP_SHIFT]
-        while cdf[row + entry + 1] <= frequency:
-            entry += 1
-        start = cdf[row + entry]
-        x, position = _pop(x, start, cdf[row + entry + 1] - start, words, position)
+        # Each symbol waits for the one before it. The processor guesses that it is the likeliest,
+        # and goes on with what it loaded in advance.
+        entry = likeliest[index]
+        start, end = cdf[row + entry], cdf[row + entry + 1]
+        if not start <= frequency < end:
+            entry = lookup[index, frequency >> _LOOKUP_SHIFT]
+            while cdf[row + entry + 1] <= frequency:
+                entry += 1
+            start, end = cdf[row + entry], cdf[row + entry + 1]
+        x = (end - start) * (x >> _PRECISION) + frequency - start
+        if x < _REFILL and position < len(words):
+            x = x << _PRECISION | words[position]
+            position += 1
         other = rows[index + 1] - row - 2
         if entry == other:
             length, x, position = _pop_bits(x, _LENGTH_BITS, words, position)

@@ -148,7 +148,7 @@ def test_objects_share_no_graph():
     for _ in range(3):
         for scale in scales:
             torch.testing.assert_close(replay(scale.apply, x), scale.factor * x)
-    assert len(replay.graphs) == 2
+    assert len(replay.recordings) == 2
     scales[0].factor.fill_(5)  # a new value in the same memory
     torch.testing.assert_close(replay(scales[0].apply, x), 5 * x)
     for factor in range(10):

@@ -1,11 +1,19 @@
 """The parts of the entropy model: quantiles, and the symbols whose table is in doubt."""
 
+import numpy as np
 import pytest
 import torch
 from conftest import spread_model
 
 from models.container import BitstreamError
-from models.entropy import GUARD, LatentDecoder, LatentEncoder, LatentTables
+from models.entropy import (
+    GUARD,
+    LatentDecoder,
+    LatentEncoder,
+    LatentTables,
+    Symbols,
+    round_y,
+)
 
 
 @pytest.fixture
@@ -18,14 +26,29 @@ def tables(model):
     return LatentTables(model.entropy_bottleneck, model.gaussian_conditional)
 
 
+class Prediction:
+    """A `SlicePredictor` of one slice, whose scale is given and whose mean is zero."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, z_hat, quantise):
+        return quantise(0, torch.zeros_like(self.scale), self.scale)
+
+
+def coded(tables, scale):
+    """Encoder of latents that are all zero, and its string."""
+    encoder = LatentEncoder(tables, len(scale))
+    symbols = round_y(torch.zeros_like(scale), torch.zeros(()), Prediction(scale), tables)
+    return encoder, encoder.encode_y(Symbols(*(t.numpy() for t in symbols)))
+
+
 @torch.no_grad()
 def test_scales_near_a_boundary_are_listed_and_taken_from_the_list(model, tables):
     boundary = model.gaussian_conditional.scale_table[20].double()
-    encoder = LatentEncoder(tables, torch.zeros(1, 20, 1, 4))
     factors = torch.tensor([1 - GUARD / 2, 1 + GUARD / 2, 1 - 2 * GUARD, 1 + 2 * GUARD])
     scale = (boundary * factors.double()).reshape(1, 1, 1, 4).expand(1, 4, 1, 4)
-    encoder.round_slice(0, torch.zeros(1, 4, 1, 4).double(), scale)
-    encoder.encode_y()
+    encoder, _ = coded(tables, scale)
     below, above = 20, 21
     assert encoder.guards[0] == [
         (4 * channel + i, index) for channel in range(4) for i, index in ((0, below), (1, above))
@@ -35,14 +58,13 @@ def test_scales_near_a_boundary_are_listed_and_taken_from_the_list(model, tables
 @pytest.mark.parametrize("position", [16, 2**32 - 1])
 @torch.no_grad()
 def test_guard_beyond_the_picture_is_refused(tables, position):
-    mu, scale = torch.zeros(1, 4, 1, 4).double(), torch.ones(1, 4, 1, 4).double()
-    encoder = LatentEncoder(tables, torch.zeros(1, 4, 1, 4))
-    encoder.round_slice(0, mu, scale)
-    strings = encoder.encode_y()
+    scale = torch.ones(1, 4, 1, 4).double()
+    _, strings = coded(tables, scale)
+    indexes = tables.indexes(scale).numpy()
     for guards, refused in (([(15, 0)], False), ([(15, 0), (position, 0)], True)):
-        guards[0] = (15, int(encoder.table_indexes(scale)[0, 3, 0, 3]))
+        guards[0] = (15, int(indexes[0, 15]))
         decoder = LatentDecoder(tables, strings, [guards])
-        decoder.read_slice(0, mu, scale)
+        decoder.read_slice(indexes, np.empty((1, 16), np.int32))
         if refused:
             with pytest.raises(BitstreamError, match="beyond the picture"):
                 decoder.finish()
