@@ -1,6 +1,7 @@
 """BD-rates against published values, the figures, and what the scripts refuse."""
 
 import io
+import itertools
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 from conftest import SHALLOW, save_checkpoint, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 import models
@@ -192,7 +196,42 @@ def test_savings_are_relative_to_the_anchor():
 def test_the_command_draws_what_was_asked_for(tmp_path):
     ours, output = write_result(tmp_path / "ours.json", [0.3, 0.6]), tmp_path / "rd.png"
     plot.main(["elic", "--ours", ours, "--panels", "psnr", "saving", "--output", str(output)])
-    assert picture_size(output) == (2000, 800)
+    assert picture_size(output) == (2080, 800)
+
+
+@pytest.mark.parametrize(("name", "counts"), [("rd_kodak", [11, 11]), ("rd_kodak_rest", [28, 13])])
+def test_names_of_the_kept_figures_do_not_overlap(name, counts):
+    """Ten published curves and our point; the others, of which not all have all that is shown."""
+    args = plot.parse_args([f"@{ROOT / 'results' / name}.args"])
+    curves = [[load_curve(source) for source in group] for group in (args.ours, args.curves)]
+    limits = plot.Limits(args.bpp, args.saved)
+    figure = plot.draw(*curves, load_curve(args.anchor), args.panels, limits=limits)
+    FigureCanvasAgg(figure).draw()
+    for axes, count in zip(figure.axes, counts, strict=True):
+        # Of the names alone, without the lines that lead to them.
+        boxes = [Text.get_window_extent(text) for text in axes.texts]
+        assert len(boxes) == count
+        assert not [pair for pair in itertools.combinations(boxes, 2) if Bbox.overlaps(*pair)]
+        for box in boxes:
+            assert figure.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
+
+
+def test_the_two_figures_show_every_published_curve_of_kodak():
+    shown = []
+    for name in ("rd_kodak", "rd_kodak_rest"):
+        args = plot.parse_args([f"@{ROOT / 'results' / name}.args"])
+        shown += args.curves
+    assert sorted([*shown, "mambavc", "vtm"]) == sorted(p.stem for p in PUBLISHED.glob("*.json"))
+
+
+def test_savings_outside_the_limits_are_not_drawn():
+    anchor = load_curve("vtm")
+    half = Curve("half", anchor.bpp / 2, anchor.quality)
+    twice = Curve("twice", anchor.bpp * 2, anchor.quality)
+    limits = plot.Limits(saved=(-60, 60))
+    (axes,) = plot.draw([], [half, twice], anchor, ["saving"], limits=limits).axes
+    assert "half" in named(axes) and "twice" not in named(axes)
+    assert axes.get_ylim()[0] > -60
 
 
 def test_a_panel_without_data_is_refused(tmp_path):
@@ -225,6 +264,17 @@ def test_the_same_data_gives_the_same_file(tmp_path):
         architecture.main(["--output", str(file)])
     assert files[0].read_bytes() == files[1].read_bytes()
     assert picture_size(files[0]) == (2300, 1520)
+
+
+@given(
+    st.lists(st.floats(-1, 2), min_size=1, max_size=12), st.floats(0.01, 0.09), st.floats(0, 0.01)
+)
+def test_labels_stay_where_there_is_room(positions, gap, low):
+    moved = style.spread(positions, gap, low, 1)
+    assert low <= moved.min() and moved.max() <= 1 + 1e-9  # the rounding of sums of up to 2
+    assert (np.diff(np.sort(moved)) >= gap - 1e-9).all()
+    again = style.spread(moved, gap, low, 1)
+    assert again == pytest.approx(moved, abs=1e-9)
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=12), st.floats(0.01, 3))
