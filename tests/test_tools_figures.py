@@ -147,6 +147,30 @@ def test_a_file_that_is_no_result_is_refused(tmp_path, content):
         load_curve(str(path))
 
 
+def test_files_of_compressai_are_compared_as_they_are(tmp_path, capsys):
+    """JPEG by compressai.utils.bench and ours by compressai.utils.eval_model, on demo/test."""
+    jpeg, ours, hyperprior, picture = (
+        str(Path(__file__).parent / "assets" / "compressai" / f"{name}.json")
+        for name in ("bench-jpeg", "eval_model-mambavc-light", "eval_model-hyperprior",
+                     "eval_model-per-image")
+    )  # fmt: skip
+    assert (len(load_curve(jpeg).bpp), len(load_curve(hyperprior).bpp)) == (3, 2)
+    assert load_curve(picture).bpp.tolist() == [pytest.approx(0.543, abs=5e-4)]
+    output = tmp_path / "rd.png"
+    plot.main(
+        [hyperprior, "--ours", ours, "--anchor", jpeg, "--bpp", "0.01", "2.5", "--output",
+         str(output)]
+    )  # fmt: skip
+    assert picture_size(output) == (2080, 800)
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    # At 35.15 dB, ours takes 0.278 bpp; JPEG 0.747 by a straight line between its points, from
+    # which PCHIP differs by 0.3 %.
+    name, percent = first.strip("| ").split(" | ")[:2]
+    assert name == "mambavc-light-mse"
+    assert float(percent.removesuffix(" %")) == pytest.approx(100 * (0.278 / 0.747 - 1), abs=0.2)
+    assert second == "| bmshj2018-hyperprior-mse |  | no overlap |  |"
+
+
 def test_an_unknown_curve_is_refused_with_the_known_names():
     with pytest.raises(UsageError, match="tcm-large"):
         load_curve("vvc")

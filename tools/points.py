@@ -19,14 +19,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in args.files:
         try:
             results = json.loads(path.read_text())["results"]
-            values = [results[key][0] if key in results else None for key in KEYS]
+            points = range(len(results["bpp"]))
+            rows = [[results[k][i] if k in results else None for k in KEYS] for i in points]
+            names = [f"{path.stem} at {q:g}" for q in results.get("quality", [])]
+            lines = [*zip(names or [path.stem] * len(rows), rows, strict=True)]
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             message = f"{path} is not a file that eval.py --json wrote ({error!r})"
             raise UsageError(message) from None
-        if values[2] is not None:
-            values[2] = ms_ssim_db(values[2])
-        cells = ("" if value is None else f"{value:.3f}" for value in values)
-        print(f"{path.stem:<24}" + "".join(f"{cell:>12}" for cell in cells))
+        for name, values in lines:
+            if values[2] is not None:
+                values[2] = ms_ssim_db(values[2])
+            cells = ("" if value is None else f"{value:.3f}" for value in values)
+            print(f"{name:<24}" + "".join(f"{cell:>12}" for cell in cells))
 
 
 if __name__ == "__main__":

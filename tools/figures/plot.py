@@ -83,21 +83,26 @@ def _load_points(source: str) -> tuple[str, dict[str, np.ndarray]]:
         raise UsageError(f"{source} is neither a file nor one of the published curves: {known}")
     try:
         data = json.loads(path.read_text())
-        name, results = str(data["name"]), data["results"]
+        # Of one picture alone, compressai.utils.eval_model writes numbers in place of lists.
+        name, results = str(data["name"]), {k: _as_list(v) for k, v in data["results"].items()}
         columns = {"bpp": results["bpp"], "psnr": results["psnr-rgb"]}
         ms_ssim = results.get("ms-ssim-rgb") or [None]
         if None not in ms_ssim:
             columns["ms-ssim"] = [ms_ssim_db(value) for value in ms_ssim]
-        points = {key: np.array(values, dtype=float) for key, values in columns.items()}
-        sizes = {values.shape for values in points.values()}
-        if len(sizes) > 1 or not points["bpp"].size or points["bpp"].min() <= 0:
+        table = {key: np.array(values, dtype=float) for key, values in columns.items()}
+        sizes = {values.shape for values in table.values()}
+        if len(sizes) > 1 or not table["bpp"].size or table["bpp"].min() <= 0:
             raise ValueError("lists of different lengths, no points, or a bpp of 0 or less")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{path} does not hold rate-distortion points ({error!r}); expected "
             '{"name": ..., "results": {"bpp": [...], "psnr-rgb": [...]}}'
         ) from None
-    return name, points
+    return name, table
+
+
+def _as_list(values: object) -> list:
+    return values if isinstance(values, list) else [values]
 
 
 def bd_rate(anchor: Curve, curve: Curve, metric: str = "psnr", method: str = "pchip") -> float:
