@@ -93,8 +93,3 @@ def test_weights_are_chosen_by_name():
 def test_what_there_is_not_is_refused(name, arguments, message):
     with pytest.raises(ValueError, match=message):
         hub(name, **arguments)
-
-
-@pytest.mark.parametrize("name", ["mambavc", "mambavc_light", "convvc", "swinvc"])
-def test_entries_are_documented(name):
-    assert "arg" in torch.hub.help(str(ROOT), name, source="local").lower()
