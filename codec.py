@@ -1,6 +1,6 @@
 """Code pictures to .mvc files and back.
 
-    python codec.py encode IN.png OUT.mvc --checkpoint C
+    python codec.py encode IN.png OUT.mvc --checkpoint C [--quality Q]
     python codec.py decode IN.mvc OUT.png --checkpoint C
     python codec.py info IN.mvc
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import io
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -26,16 +27,19 @@ from PIL import Image
 from tqdm import tqdm
 
 import utils
-from models import container
-from models.checkpoint import find_checkpoint
+from models import container, search
+from models.checkpoint import check_rate, find_checkpoint
 from models.memory import check_memory
-from utils import DataError, UsageError, data_errors
+from utils import DataError, UsageError, data_errors, number, positive_int
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from models import Coder
 
 STANDARD = "-"
 MAX_PICTURE_BYTES = 2**30  # of a picture file
+RATE_FLAGS = "--quality, --target-bpp, --target-psnr or --target-bytes"
 FIXED_SIZES = ("ICO", "ICNS")  # formats that scale a picture to one of their own sizes
 
 
@@ -65,6 +69,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         )
         command.add_argument("--cuda", action="store_true", help="run on the GPU")
         command.add_argument("--force", action="store_true", help="overwrite existing files")
+    rate = encode.add_argument_group(
+        "rate",
+        "A network of every rate needs one of these, one of a single rate takes none. A target is "
+        f"searched for in at most {search.MAX_CODINGS} codings, until the file's size or the "
+        "picture's squared error is within 1 %; the output says where it cannot be met.",
+    ).add_mutually_exclusive_group()
+    positive = number(float, 0, exclusive=True)
+    rate.add_argument("--quality", type=utils.quality, metavar="Q", help="0 to 100, in hundredths")
+    rate.add_argument("--target-bpp", type=positive, metavar="B", help="bits per pixel of the file")
+    rate.add_argument("--target-psnr", type=positive, metavar="P", help="dB, of 8-bit samples")
+    rate.add_argument("--target-bytes", type=positive_int, metavar="N", help="size of the file")
     encode.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -77,7 +92,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="float32 entropy path: the file decodes on the same machine only",
     )
     info.add_argument("inputs", nargs="+", metavar="IN", help="file, or - for standard input")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if getattr(args, "quality", None) is not None:
+        args.quality = container.coded_quality(args.quality)
+    return args
 
 
 @dataclass(frozen=True)
@@ -199,7 +217,7 @@ def warn(line: str) -> None:
     say(f"warning: {line}", sys.stderr)
 
 
-def encode_file(load: Callable[[], Coder], job: Job, verify: bool) -> str:
+def encode_file(load: Callable[[], Coder], job: Job, args: argparse.Namespace) -> str:
     """Code one picture; return a line about the result.
 
     Args:
@@ -215,11 +233,51 @@ def encode_file(load: Callable[[], Coder], job: Job, verify: bool) -> str:
     coder = load()
     with data_errors(job.name):
         x = utils.to_tensor(image)[None].to(next(coder.model.parameters()).device)
-        data = coder.encode(x)
-        if verify:
+        data, remark = encode_to_target(coder, x, args)
+        if args.verify:
             coder.decode(data)
     write_bytes(data, job.target)
-    return describe_size(image.width, image.height, len(data))
+    return describe_size(image.width, image.height, len(data)) + remark
+
+
+def encode_to_target(coder: Coder, x: Tensor, args: argparse.Namespace) -> tuple[bytes, str]:
+    """Code a picture (1, 3, height, width) at the quality, or for the target, that flags give.
+
+    Returns:
+        The `.mvc` file, and what there is to say about its quality.
+    """
+    pixels = x.shape[-2] * x.shape[-1]
+    if args.target_psnr is not None:
+        target, unit = args.target_psnr, "dB"
+    elif args.target_bpp is not None:
+        target, unit = args.target_bpp, "bpp"
+    elif args.target_bytes is not None:
+        target, unit = args.target_bytes, "bytes"
+    else:
+        data = coder.encode(x, args.quality)
+        return data, "" if args.quality is None else f", quality {args.quality:g}"
+
+    def measure(data: bytes) -> float:
+        """What has a target, in its unit."""
+        if unit == "dB":
+            return utils.psnr(coder.decode(data), x)
+        return 8 * len(data) / pixels if unit == "bpp" else len(data)
+
+    def logarithm(value: float) -> float:
+        """Natural logarithm of the size, or of one over the mean squared error."""
+        return value * math.log(10) / 10 if unit == "dB" else math.log(value)
+
+    def code(quality: float) -> search.Coding:
+        data = coder.encode(x, quality)
+        return search.Coding(quality, data, logarithm(measure(data)))
+
+    found, codings = search.find_coding(code, logarithm(target))
+    remark = f", quality {found.quality:g} found in {codings} codings"
+    if unit == "dB":
+        remark += f", {10 / math.log(10) * found.measure:.2f} dB"
+    if abs(found.measure - logarithm(target)) > search.TOLERANCE:
+        remark += f", the nearest to the target of {target:g} {unit}, which was not met"
+    return found.data, remark
 
 
 def decode_file(load: Callable[[], Coder], job: Job) -> str:
@@ -265,9 +323,10 @@ def describe(data: bytes) -> str:
     stream = container.unpack(data)
     strings = len(stream.y) + len(stream.z)
     path = "exact" if stream.exact else "fast (same machine only)"
+    quality = "" if stream.quality is None else f"quality {stream.quality:g}, "
     return (
-        f"{describe_size(stream.width, stream.height, len(data))}, "
-        f"model {stream.fingerprint.hex()}, version {container.VERSION}, {path} entropy path, "
+        f"{describe_size(stream.width, stream.height, len(data))}, {quality}"
+        f"model {stream.fingerprint.hex()}, version {stream.version}, {path} entropy path, "
         f"y {len(stream.y)} bytes, z {len(stream.z)} bytes, header {len(data) - strings} bytes "
         f"with {len(stream.guards)} guards"
     )
@@ -339,11 +398,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         device = utils.select_device(args.cuda)
         exact = args.command == "decode" or not args.fast_entropy
-        return Coder(load_model(checkpoint, device), exact=exact)
+        model = load_model(checkpoint, device)
+        if args.command == "encode":
+            rates = (args.quality, args.target_bpp, args.target_psnr, args.target_bytes)
+            is_given = any(rate is not None for rate in rates)
+            check_rate(model, is_given, args.checkpoint, RATE_FLAGS)
+        return Coder(model, exact=exact)
 
     def work(job: Job) -> str:
         if args.command == "encode":
-            return encode_file(load, job, args.verify)
+            return encode_file(load, job, args)
         return decode_file(load, job)
 
     run(jobs, work, sys.stderr if args.output == STANDARD else sys.stdout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 import utils
 from models import container
-from models.checkpoint import find_checkpoint
+from models.checkpoint import check_rate, find_checkpoint
 from models.memory import check_memory
 from utils import DataError, UsageError
 
@@ -39,6 +40,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--data", type=Path, required=True, help="folder of pictures, or one that has them in test/"
+    )
+    parser.add_argument(
+        "--qualities",
+        type=utils.quality,
+        nargs="+",
+        metavar="Q",
+        help="of a network of every rate, 0 to 100 in hundredths: measure a curve",
     )
     parser.add_argument("--cuda", action="store_true", help="run on the GPU")
     parser.add_argument(
@@ -62,10 +70,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.cuda_graph and (not args.cuda or args.estimate):
         parser.error("--cuda-graph needs --cuda and replays coding, of which --estimate does none")
+    if args.qualities:
+        args.qualities = sorted({container.coded_quality(quality) for quality in args.qualities})
+        if args.save_images and len(args.qualities) > 1:
+            parser.error("--save-images writes the pictures of one quality; give one")
     return args
 
 
-def evaluate_image(coder: Coder, x: Tensor, estimate: bool) -> tuple[dict, Tensor]:
+def evaluate_image(
+    coder: Coder, x: Tensor, estimate: bool, quality: float | None = None
+) -> tuple[dict, Tensor]:
     """Measure one picture (1, 3, height, width); return its row and the reconstruction.
 
     The row's keys are those of the results JSON; see `results/README.md` for the conventions. They
@@ -80,19 +94,22 @@ def evaluate_image(coder: Coder, x: Tensor, estimate: bool) -> tuple[dict, Tenso
     height, width = x.shape[-2:]
     start = utils.clock(x.device)
     with torch.inference_mode():
-        output = coder.model(x)
+        output = coder.model(x, quality)
     forward_time = utils.clock(x.device) - start
     estimated_bpp = utils.estimated_bpp(output["likelihoods"], height * width)
     if not math.isfinite(estimated_bpp):
         raise DataError("the network's estimate of the rate is not finite; check its weights")
     x_hat = output["x_hat"]  # not clamped: its infinities would look white
     estimated_psnr = utils.psnr(x_hat, x)
-    row = {"width": width, "height": height, "estimated-bpp": estimated_bpp}
+    row = {"width": width, "height": height}
+    if quality is not None:
+        row["quality"] = quality
+    row["estimated-bpp"] = estimated_bpp
     if estimate:
         row |= {"bpp": estimated_bpp, "forward_time": forward_time}
     else:
         start = utils.clock(x.device)
-        stream = coder.encode(x)
+        stream = coder.encode(x, quality)
         encoded = utils.clock(x.device)
         decoded_x_hat = coder.decode(stream)
         decoded = utils.clock(x.device)
@@ -119,7 +136,8 @@ def evaluate_image(coder: Coder, x: Tensor, estimate: bool) -> tuple[dict, Tenso
 def evaluate(
     coder: Coder, files: Sequence[Path], device: torch.device, args: argparse.Namespace
 ) -> tuple[list[dict], list[str]]:
-    """Rows of the pictures (see `evaluate_image`), and the names of files that cannot be read.
+    """Rows of the pictures (see `evaluate_image`), of each at all qualities one after another, and
+    the names of files that cannot be read.
 
     Raises:
         DataError: the network fails on a picture, or no file can be read.
@@ -144,9 +162,11 @@ def evaluate(
         if args.cuda_graph and not coder.has_graphs(x):
             calls = 3
         with utils.data_errors(file):
-            for _ in range(calls):
-                row, x_hat = evaluate_image(coder, x, args.estimate)
-        rows.append({"name": file.name, **row})
+            for quality in args.qualities or [None]:
+                for _ in range(calls):
+                    row, x_hat = evaluate_image(coder, x, args.estimate, quality)
+                calls = 1
+                rows.append({"name": file.name, **row})
         if args.save_images:
             with utils.atomic_write(args.save_images / f"{file.stem}.png") as path:
                 utils.to_image(x_hat[0]).save(path, format="PNG")
@@ -163,7 +183,7 @@ def note(line: str) -> None:
 
 def summarise(rows: Sequence[dict]) -> dict[str, float]:
     """Mean of each measured quantity over the pictures that have it."""
-    keys = [key for key in rows[0] if key not in ("name", "width", "height")]
+    keys = [key for key in rows[0] if key not in ("name", "width", "height", "quality")]
     values = {key: [row[key] for row in rows if row[key] is not None] for key in keys}
     return {key: fmean(column) for key, column in values.items() if column}
 
@@ -181,8 +201,27 @@ def print_table(rows: Sequence[dict], means: dict[str, float]) -> None:
         )
 
 
-def print_warnings(rows: Sequence[dict], means: dict[str, float], skipped: Sequence[str]) -> None:
-    """What a reader of the table should know about its numbers."""
+def not_rising(points: Sequence[Sequence[dict]]) -> list[str]:
+    """Pictures of which a higher quality takes no more bits, or is no better."""
+    names = []
+    for rows in zip(*points, strict=True):  # of one picture
+        values = [(row["bpp"], row["psnr-rgb"]) for row in rows]
+        pairs = itertools.pairwise(values)
+        if not all(low < high for pair in pairs for low, high in zip(*pair, strict=True)):
+            names.append(rows[0]["name"])
+    return names
+
+
+def print_warnings(
+    points: Sequence[Sequence[dict]], means: Sequence[dict[str, float]], skipped: Sequence[str]
+) -> None:
+    """What a reader of the tables should know about their numbers.
+
+    Args:
+        points: rows of the pictures, in one order, at each quality.
+        means: of each quality.
+    """
+    rows = points[0]
     small = [row["name"] for row in rows if row["ms-ssim-rgb"] is None]
     if small:
         print(
@@ -194,7 +233,13 @@ def print_warnings(rows: Sequence[dict], means: dict[str, float], skipped: Seque
             f"warning: {len(skipped)} of {len(rows) + len(skipped)} files could not be read and "
             f"are not part of the means: {', '.join(skipped[:5])}"
         )
-    excess = means["bpp"] / means["estimated-bpp"] - 1
+    falling = not_rising(points)
+    if falling:
+        print(
+            f"warning: bits or PSNR do not rise with the quality on {len(falling)} of {len(rows)} "
+            f"pictures: {', '.join(falling[:5])}"
+        )
+    excess = max(mean["bpp"] / mean["estimated-bpp"] - 1 for mean in means)
     if excess > MAX_RATE_EXCESS:
         print(
             f"warning: real bpp is {excess:.1%} above the estimate; likely causes: quantiles of "
@@ -253,22 +298,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = utils.select_device(args.cuda)
     model = load_model(checkpoint, device)
     coder = Coder(model, exact=not args.fast_entropy, graphs=args.cuda_graph)
+    check_rate(model, args.qualities is not None, args.checkpoint, "--qualities")
     rows, skipped = evaluate(coder, files, device, args)
-    means = summarise(rows)
+    # One point of the curve for each quality; a network of a single rate has one.
+    points = [
+        [row for row in rows if row.get("quality") == quality]
+        for quality in args.qualities or [None]
+    ]
+    means = [summarise(point) for point in points]
     if args.json:  # before anything is printed: whoever reads that may leave
+        finite = [without_infinity(mean) for mean in means]
+        curve = {"quality": args.qualities} if args.qualities else {}
         results = {
             "name": Path(args.checkpoint).name,
-            "description": f"{args.checkpoint} on {folder}, {len(rows)} pictures, "
+            "description": f"{args.checkpoint} on {folder}, {len(points[0])} pictures, "
             + ("estimated rates" if args.estimate else "real bitstreams")
             + f", {torch.cuda.get_device_name(device) if args.cuda else 'CPU'}",
-            "results": {key: [value] for key, value in without_infinity(means).items()},
+            "results": curve | {key: [mean[key] for mean in finite] for key in finite[0]},
             "images": [without_infinity(row) for row in rows],
             "skipped": skipped,
         }
         with utils.atomic_write(args.json) as path:
             path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-    print_table(rows, means)
-    print_warnings(rows, means, skipped)
+    for point, mean in zip(points, means, strict=True):
+        if args.qualities:
+            quality = point[0]["quality"]
+            print(f"quality {quality:g}, lambda {model.lmbda(quality):.4f}")
+        print_table(point, mean)
+    print_warnings(points, means, skipped)
 
 
 if __name__ == "__main__":

@@ -110,20 +110,25 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(
-    kind: type, least: float, below: float = math.inf, exclusive: bool = False
+    kind: type,
+    least: float,
+    below: float = math.inf,
+    exclusive: bool = False,
+    most: float = math.inf,
 ) -> Callable[[str], float]:
     """argparse type: an int or float from ``least``, or above it if ``exclusive``, to ``below``.
 
-    Neither ``below`` nor infinity nor NaN is part of the range.
+    Neither ``below`` nor infinity nor NaN is part of the range; ``most``, in its place, is.
     """
 
     def parse(text: str) -> float:
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if least <= value < below and not (exclusive and value == least):
+            if least <= value < below and value <= most and not (exclusive and value == least):
                 return value
         limit = f"{'above' if exclusive else 'of at least'} {least}"
         limit += f" and below {below}" if below < math.inf else ""
+        limit += f" and at most {most}" if most < math.inf else ""
         name = "an integer" if kind is int else "a number"
         raise argparse.ArgumentTypeError(f"expected {name} {limit}, got {text!r}")
 
@@ -131,6 +136,7 @@ def number(
 
 
 positive_int = number(int, 1)
+quality = number(float, 0, most=100)  # of a network of every rate
 
 
 def setup_logging(file: Path | None = None) -> None:

@@ -10,6 +10,7 @@ from layers.compressai import CompressionModel, quantize_ste, remap_old_keys
 
 from .coding import Coder
 from .entropy import SlicePredictor
+from .gains import Gains, gains_at, in_float64, scaled
 
 # Buffers whose size depends on training, not on the architecture.
 _TABLES = ("_quantized_cdf", "_cdf_length", "_offset", "scale_table")
@@ -19,10 +20,13 @@ class SliceHyperprior(CompressionModel):
     """Everything of the codec but its layers.
 
     A subclass sets the transforms ``g_a``, ``g_s``, ``h_a``, the parts of `SlicePredictor`,
-    ``entropy_bottleneck``, ``gaussian_conditional`` and ``config`` (its constructor arguments).
+    ``entropy_bottleneck``, ``gaussian_conditional``, ``gains`` (None for a single rate) and
+    ``config`` (its constructor arguments). The first layer of ``g_s`` and of the hyper-syntheses is
+    a transposed convolution, the last one of ``g_a`` and ``h_a`` a convolution.
     """
 
     config: dict
+    gains: Gains | None
 
     # Pixels of the picture per element of z; pictures are padded to multiples of it.
     downsampling_factor = 64
@@ -41,6 +45,27 @@ class SliceHyperprior(CompressionModel):
             self.config["max_support_slices"],
         )
 
+    @property
+    def qualities(self) -> int:
+        """Qualities at which gains were learnt; 0 for a single-rate network."""
+        return 0 if self.gains is None else len(self.gains.y_enc)
+
+    def lmbda(self, quality: float | Tensor) -> Tensor:
+        """Weight of the distortion (CompressAI's lambda) at qualities from 0 to 100.
+
+        Args:
+            quality: a number, or a tensor of any shape and device; the host does not wait for it.
+
+        Returns:
+            A tensor of the same shape.
+
+        Raises:
+            ValueError: the network has a single rate.
+        """
+        if self.gains is None:
+            raise ValueError("this network has a single rate, and does not know its lambda")
+        return self.gains.lmbda(torch.as_tensor(quality, dtype=torch.float32))
+
     def pad(self, x: Tensor) -> Tensor:
         """Repeat the last row and column up to the next multiple of the downsampling factor."""
         factor = self.downsampling_factor
@@ -48,28 +73,36 @@ class SliceHyperprior(CompressionModel):
         x = F.pad(x, (0, -width % factor, 0, -height % factor), mode="replicate")
         return x.contiguous(memory_format=torch.channels_last)
 
-    def analyse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y and z of padded pictures."""
-        y = self.g_a(x)
-        return y, self.h_a(y)
+    def analyse(
+        self, x: Tensor, y_enc: Tensor | None = None, z_enc: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """y and z of padded pictures, times their gains."""
+        y = scaled(self.g_a(x), y_enc)
+        return y, scaled(self.h_a(y), z_enc)
 
-    def forward(self, x: Tensor) -> dict:
+    def forward(self, x: Tensor, quality: float | Tensor | None = None) -> dict:
         """Reconstruct pictures and estimate their rate.
 
         Args:
             x: pictures (batch, 3, height, width), RGB in [0, 1], any size from 1x1 up.
+            quality: 0 to 100, or a tensor (batch,) of them on the network's device, whose values
+                are not checked. A network with gains needs it, one of a single rate has none.
 
         Returns:
             ``x_hat`` like x, not clamped; ``likelihoods`` with ``y`` (batch, M, h/16, w/16) and
             ``z`` (batch, Z, h/64, w/64), float32, of the picture padded to multiples of 64.
+
+        Raises:
+            ValueError: a quality is missing, out of range, or given to a single-rate network.
         """
         height, width = x.shape[-2:]
-        y, z = self.analyse(self.pad(x))
+        gain = gains_at(self.gains, quality)
+        y, z = self.analyse(self.pad(x), gain.y_enc, gain.z_enc)
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             _, z_likelihoods = self.entropy_bottleneck(z)
             medians = self.entropy_bottleneck.medians()
-            z_hat = quantize_ste(z - medians) + medians
+            z_hat = scaled(quantize_ste(z - medians) + medians, gain.z_dec)
 
         y_likelihoods: list[Tensor] = []
 
@@ -84,13 +117,13 @@ class SliceHyperprior(CompressionModel):
 
         y_hat = self.slices(z_hat, round_slice)
         return {
-            "x_hat": self.g_s(y_hat)[..., :height, :width],
+            "x_hat": self.g_s(scaled(y_hat, gain.y_dec))[..., :height, :width],
             "likelihoods": {"y": torch.cat(y_likelihoods, dim=1), "z": z_likelihoods},
         }
 
-    def compress(self, x: Tensor, *, exact: bool = True) -> dict:
+    def compress(self, x: Tensor, *, quality: float | None = None, exact: bool = True) -> dict:
         """Encode pictures: `Coder.compress`. For many pictures, keep a `Coder`."""
-        return Coder(self, exact=exact).compress(x)
+        return Coder(self, exact=exact).compress(x, quality)
 
     def decompress(self, *args, exact: bool = True, **kwargs) -> dict:
         """Decode what `compress` returned: `Coder.decompress`."""
@@ -135,11 +168,62 @@ class SliceHyperprior(CompressionModel):
                 setattr(self.get_submodule(module), name, table)
         return torch.nn.Module.load_state_dict(self, state_dict, strict=strict)
 
+    def load_single_rate(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Load the weights of a single-rate network and leave the gains as they are.
+
+        A new network with gains then starts from it, best where its lambda was 0.0130.
+
+        Raises:
+            RuntimeError: they are not of a network of these sizes.
+        """
+        own = {key: value for key, value in self.state_dict().items() if key.startswith("gains.")}
+        self.load_state_dict({**state_dict, **own})
+
+    @property
+    def scaled_layers(self) -> dict[str, str]:
+        """Convolutions that gains become part of at a fixed quality: name, field of the gain."""
+        return {
+            f"g_a.{len(self.g_a) - 1}": "y_enc",
+            "g_s.0": "y_dec",
+            f"h_a.{len(self.h_a) - 1}": "z_enc",
+            "h_mean_s.0": "z_dec",
+            "h_scale_s.0": "z_dec",
+        }
+
+    @torch.no_grad()
+    def at_quality(self, quality: float) -> "SliceHyperprior":
+        """The single-rate network, with the published keys, that does the same at one quality.
+
+        Each gain becomes part of the convolution before or after it, so that outputs are equal but
+        for float32's rounding. The network is a copy, in the mode and on the device of this one.
+
+        Args:
+            quality: 0 to 100.
+
+        Raises:
+            ValueError: the quality is out of range, or this network has a single rate.
+        """
+        # In float64, so that each weight is rounded once.
+        gain = gains_at(in_float64(self.gains), quality)
+        plain = type(self)(**{**self.config, "qualities": 0})
+        plain.to(next(self.parameters()).device).train(self.training)
+        plain.load_state_dict(
+            {key: v for key, v in self.state_dict().items() if not key.startswith("gains.")}
+        )
+        for name, field in self.scaled_layers.items():
+            layer, factor = plain.get_submodule(name), getattr(gain, field).flatten()
+            # Rows of a convolution's weight, columns of a transposed one's: (in, out, k, k).
+            layer.weight.copy_(layer.weight * factor[:, None, None, None])
+            if field.endswith("_enc"):
+                layer.bias.copy_(layer.bias * factor)
+        return plain
+
     @classmethod
     def from_state_dict(cls, state_dict):
         """Build a model from a state dict (or a checkpoint that holds one).
 
-        Sizes and depths are recovered from its shapes, in which ``drop_path_rate`` leaves no trace.
+        Sizes and depths are recovered from its shapes, in which ``drop_path_rate`` and
+        ``lmbda_range`` leave no trace.
 
         Raises:
             RuntimeError: it is not a state dict of this network.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,12 +86,15 @@ def _load_weights(path: Path) -> dict:
     return {"model": metadata["model"], "model_args": model_args, "state_dict": state_dict}
 
 
-def save_weights(checkpoint: dict, path: Path) -> bool:
+def save_weights(checkpoint: dict, path: Path, exact: Iterable[str] = ()) -> bool:
     """Write a checkpoint's weights, tables and configuration as a safetensors file.
 
     Weights are rounded to half precision, but for tensors that hold a value beyond its range
-    (65,504). The entropy models, which are small, are kept as they are: their tables were built
-    from them.
+    (65,504). The entropy models, which are small, are kept as they are, because their tables were
+    built from them, and so are the gains, which act on all of a channel.
+
+    Args:
+        exact: names of further layers to keep as they are.
 
     Returns:
         Whether rounding changed the model's fingerprint: what was coded with the checkpoint then
@@ -104,11 +108,14 @@ def save_weights(checkpoint: dict, path: Path) -> bool:
     from .coding import fingerprint
 
     _check_finite(checkpoint["state_dict"], path)
+    layers = ("entropy_bottleneck", "gaussian_conditional", "gains", *exact)
+    prefixes = tuple(f"{layer}." for layer in layers)
     state_dict = {}
     for key, value in checkpoint["state_dict"].items():
         half = value.half() if value.is_floating_point() else value
-        exact = key.startswith(("entropy_bottleneck.", "gaussian_conditional."))
-        state_dict[key] = (value if exact or not half.isfinite().all() else half).contiguous()
+        is_exact = key.startswith(prefixes)
+        kept = value if is_exact or not half.isfinite().all() else half
+        state_dict[key] = kept.contiguous()
     metadata = {
         "model": checkpoint["model"],
         "model_args": json.dumps(checkpoint["model_args"]),
@@ -165,6 +172,21 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> SliceHyp
         UsageError: see there and `load_checkpoint`.
     """
     return build_from_checkpoint(load_checkpoint(path), path).to(device)
+
+
+def check_rate(model: SliceHyperprior, is_given: bool, source: object, flags: str) -> None:
+    """Check that a quality is given for a network of every rate, and for no other.
+
+    Args:
+        flags: that give one, in words.
+
+    Raises:
+        UsageError: it is not.
+    """
+    if model.qualities and not is_given:
+        raise UsageError(f"{source} is a network of every rate; give {flags}")
+    if is_given and not model.qualities:
+        raise UsageError(f"{source} is a network of a single rate; leave out {flags}")
 
 
 def _check_sizes(arguments: dict, sizes: dict) -> None:

@@ -25,11 +25,12 @@ from layers.compressai import CompressionModel
 from . import container
 from .container import BitstreamError, Stream
 from .entropy import LatentDecoder, LatentEncoder, LatentTables, SlicePredictor
+from .gains import Gains, GainVectors, gains_at, in_float64, scaled
 
 MAX_GRAPHED_SIZES = 8  # of pictures; each has 13 graphs, whose memory is kept
 
 # What only the encoder uses, and what the tables were made from.
-_ENCODER = ("g_a.", "h_a.")
+_ENCODER = ("g_a.", "h_a.", "gains.y_enc", "gains.z_enc")
 _ENTROPY_MODELS = ("entropy_bottleneck.", "gaussian_conditional.")
 _TABLES = ("quantiles", "_quantized_cdf", "_cdf_length", "_offset", "scale_table")
 
@@ -78,33 +79,46 @@ class Coder:
         with torch.inference_mode(False), torch.no_grad():
             return _in_float64(self._slices)
 
+    @functools.cached_property
+    def _gains(self) -> Gains | None:
+        # In float64, as the entropy path that depends on them: two machines' exponential functions
+        # may then differ by 1e-16, which the guards allow for.
+        with torch.inference_mode(False), torch.no_grad():
+            return in_float64(self.model.gains)
+
     @torch.no_grad()
-    def compress(self, x: Tensor) -> dict:
+    def compress(self, x: Tensor, quality: float | None = None) -> dict:
         """Encode pictures to strings.
 
         Args:
             x: (batch, 3, height, width), RGB in [0, 1], any size from 1x1 up.
+            quality: 0 to 100, of all pictures, where the network has gains; else None.
 
         Returns:
             The arguments of `decompress`: ``strings`` ([y strings, z strings], one of each per
             picture), ``shape`` of z, ``size`` (height, width) of the pictures, ``guards`` and
-            ``crcs`` per picture (see `LatentEncoder`).
+            ``crcs`` per picture (see `LatentEncoder`), ``quality``.
 
         Raises:
-            ValueError: the latents cannot be coded.
+            ValueError: the latents cannot be coded, or the quality is missing, out of range or
+                given to a network of a single rate.
         """
+        gain, rounded_gain = self._gains_at(quality)
         self._make_room(len(x), *self._z_shape(*x.shape[-2:]))
-        y, z = self._run(self.model.analyse, self.model.pad(x))
+        y, z = self._run(
+            self.model.analyse, self.model.pad(x), rounded_gain.y_enc, rounded_gain.z_enc
+        )
         encoder = LatentEncoder(self._tables, y)
         with _deterministic_arithmetic():
             z_strings, z_hat = encoder.encode_z(z)
-            self._walk(z_hat, encoder.round_slice, self.exact)
+            self._walk(scaled(z_hat, gain.z_dec), encoder.round_slice, self.exact)
         return {
             "strings": [encoder.encode_y(), z_strings],
             "shape": self._z_shape(*x.shape[-2:]),
             "size": tuple(x.shape[-2:]),
             "guards": encoder.guards,
             "crcs": encoder.crcs,
+            "quality": quality,
         }
 
     @torch.no_grad()
@@ -115,13 +129,14 @@ class Coder:
         size: Sequence[int] | None = None,
         guards: Sequence[Sequence[tuple[int, int]]] | None = None,
         crcs: Sequence[int] | None = None,
+        quality: float | None = None,
         *,
         exact: bool | None = None,
     ) -> dict:
         """Decode what `compress` returned.
 
         Args:
-            strings, shape, size, guards, crcs: see `compress`. Without ``size`` the padded
+            strings, shape, size, guards, crcs, quality: see `compress`. Without ``size`` the padded
                 pictures are returned, without ``crcs`` the symbols are not checked.
             exact: as the pictures were encoded; by default as this Coder encodes them.
 
@@ -130,13 +145,16 @@ class Coder:
 
         Raises:
             BitstreamError: the symbols are not those that were encoded.
-            ValueError: the picture is not finite: clamped, its infinities would look white.
+            ValueError: the picture is not finite: clamped, its infinities would look white; or
+                the quality is missing, out of range or given to a network of a single rate.
         """
+        gain, rounded_gain = self._gains_at(quality)
         y_strings, z_strings = strings
         self._make_room(len(y_strings), *shape)
         decoder = LatentDecoder(self._tables, y_strings, guards or [[] for _ in y_strings])
         with _deterministic_arithmetic():
             z_hat = decoder.decode_z(z_strings, shape)
+            z_hat = scaled(z_hat, gain.z_dec)
             y_hat = self._walk(z_hat, decoder.read_slice, self.exact if exact is None else exact)
         decoder.finish()
         if crcs is not None and list(crcs) != decoder.crcs:
@@ -146,28 +164,31 @@ class Coder:
             )
         height, width = size or (None, None)
         y_hat = y_hat.to(self._dtype).contiguous(memory_format=torch.channels_last)
-        x_hat = self._run(self.model.g_s, y_hat)[..., :height, :width]
+        x_hat = self._run(self.model.g_s, scaled(y_hat, rounded_gain.y_dec))[..., :height, :width]
         if not x_hat.isfinite().all():
             raise ValueError("the network's picture is not finite; check its weights")
         return {"x_hat": x_hat.clamp(0, 1), "y_hat": y_hat}
 
-    def encode(self, x: Tensor) -> bytes:
+    def encode(self, x: Tensor, quality: float | None = None) -> bytes:
         """Code one picture as a `.mvc` file.
 
         Args:
             x: (1, 3, height, width), RGB in [0, 1].
+            quality: 0 to 100, where the network has gains, of which the file keeps hundredths.
 
         Raises:
             BitstreamError: the picture is larger than the format allows.
-            ValueError: the latents cannot be coded.
+            ValueError: see `compress`.
         """
         height, width = x.shape[-2:]
         container.check_size(height, width)
-        coded = self.compress(x)
+        if quality is not None:
+            quality = container.coded_quality(quality)
+        coded = self.compress(x, quality)
         (y,), (z,) = coded["strings"]
         (guards,), (crc,) = coded["guards"], coded["crcs"]
         return container.pack(
-            Stream(self.fingerprint, self.exact, height, width, guards, z, y, crc)
+            Stream(self.fingerprint, self.exact, height, width, guards, z, y, crc, quality)
         )
 
     def decode(self, data: bytes | Stream) -> Tensor:
@@ -189,6 +210,11 @@ class Coder:
                 f"the file was made by model {stream.fingerprint.hex()}, this checkpoint is model "
                 f"{self.fingerprint.hex()}; give the checkpoint it was made with"
             )
+        if (stream.quality is None) != (self._gains is None):
+            raise BitstreamError(
+                f"the file is damaged: it is of version {stream.version}, which the network that "
+                "made it does not write"
+            )
         try:
             return self.decompress(
                 strings=[[stream.y], [stream.z]],
@@ -196,6 +222,7 @@ class Coder:
                 size=(stream.height, stream.width),
                 guards=[stream.guards],
                 crcs=[stream.crc],
+                quality=stream.quality,
                 exact=stream.exact,
             )["x_hat"]
         except BitstreamError:
@@ -210,6 +237,11 @@ class Coder:
     def has_graphs(self, x: Tensor) -> bool:
         """Whether pictures of x's size were coded before, and their graphs are still kept."""
         return (len(x), *self._z_shape(*x.shape[-2:])) in self._sizes
+
+    def _gains_at(self, quality: float | None) -> tuple[GainVectors, GainVectors]:
+        """Gains at a quality: in float64, and in the network's precision."""
+        gain = gains_at(self._gains, quality)
+        return gain, gain.to(self._dtype)
 
     def _walk(self, z_hat: Tensor, quantise, exact: bool) -> Tensor:
         """Run the entropy path on z_hat, which is float64; return y_hat."""

@@ -1,14 +1,16 @@
 """The `.mvc` file: one coded picture, with what a decoder needs to get it right or refuse it.
 
-Version 1, byte by byte. Integers are little-endian; a varint is LEB128 (seven bits a byte, lowest
-first, the top bit set on all bytes but the last) in its shortest form.
+Two versions, byte by byte: 1 is of networks of a single rate, 2 of those with gains. Integers are
+little-endian; a varint is LEB128 (seven bits a byte, lowest first, the top bit set on all bytes but
+the last) in its shortest form.
 
 ============ ======= ==========================================================================
 field        bytes   meaning
 ============ ======= ==========================================================================
 magic        3       ``MVC``
-version      1       bits 0 to 6: version, 1; bit 7: coded with the exact entropy path
+version      1       bits 0 to 6: version, 1 or 2; bit 7: coded with the exact entropy path
 fingerprint  4       which model decodes it; see `coding.fingerprint`
+quality      2       in version 2 only: hundredths of the quality, 0 to 10,000
 height       varint  rows of the picture, 1 to 65,535
 width        varint  columns of the picture, 1 to 65,535; at most 2**26 pixels in all
 guards       varint  number of guard entries, at most 2**20, then for each of them
@@ -21,8 +23,8 @@ symbol CRC   4       CRC-32 of all symbols of z and y, as the model counts them
 file CRC     4       CRC-32 of every byte before it
 ============ ======= ==========================================================================
 
-A picture of 768x512 takes 23 bytes beyond its two strings (3 + 1 + 4 + 2 + 2 + 1 + 2 + 4 + 4) and
-at most 4 for each guard entry: 39 with four.
+A picture of 768x512 takes 23 bytes beyond its two strings (3 + 1 + 4 + 2 + 2 + 1 + 2 + 4 + 4), in
+version 2 25, and at most 4 for each guard entry: 39 and 41 with four.
 
 What is protected, and what is not:
 
@@ -47,7 +49,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-VERSION = 1
+QUALITY_STEPS = 100  # in which a quality of 1 is coded
 MAX_SIDE = 65_535
 MAX_PIXELS = 2**26
 MAX_BYTES = 2**28  # of a file
@@ -56,6 +58,7 @@ MAX_GUARDS = 2**20
 _MAGIC = b"MVC"
 _EXACT = 0x80
 _FIXED = struct.Struct("<3sB4s")
+_QUALITY = struct.Struct("<H")
 _CHECKSUMS = struct.Struct("<II")
 _MAX_VARINT = 2**32
 
@@ -75,6 +78,7 @@ class Stream:
         guards: (position, table index) of guarded symbols of y, positions rising.
         z, y: strings of the latents.
         crc: CRC-32 of the symbols.
+        quality: 0 to 100 in steps of 0.01, of a network with gains; else None.
     """
 
     fingerprint: bytes
@@ -85,6 +89,32 @@ class Stream:
     z: bytes
     y: bytes
     crc: int
+    quality: float | None = None
+
+    @property
+    def version(self) -> int:
+        """Of the format."""
+        return 1 if self.quality is None else 2
+
+
+def check_quality(quality: float) -> float:
+    """Return the quality of a network with gains, if it is one.
+
+    Raises:
+        BitstreamError: it is not from 0 to 100.
+    """
+    if not 0 <= quality <= 100:
+        raise BitstreamError(f"a quality of {quality:g} is outside the range from 0 to 100")
+    return quality
+
+
+def coded_quality(quality: float) -> float:
+    """The quality that a file can name and that is nearest to this one.
+
+    Raises:
+        BitstreamError: it is not from 0 to 100.
+    """
+    return round(check_quality(quality) * QUALITY_STEPS) / QUALITY_STEPS
 
 
 def check_size(height: int, width: int) -> None:
@@ -104,14 +134,20 @@ def pack(stream: Stream) -> bytes:
     """Write a `.mvc` file.
 
     Raises:
-        BitstreamError: the picture's size is outside the format's limits.
+        BitstreamError: the picture's size or quality is outside the format's limits.
         ValueError: a field cannot be written; the message names it.
     """
     check_size(stream.height, stream.width)
     if len(stream.fingerprint) != 4:
         raise ValueError(f"expected a fingerprint of 4 bytes, got {len(stream.fingerprint)}")
-    version = VERSION | (_EXACT if stream.exact else 0)
+    version = stream.version | (_EXACT if stream.exact else 0)
     out = bytearray(_FIXED.pack(_MAGIC, version, stream.fingerprint))
+    if stream.quality is not None:
+        if coded_quality(stream.quality) != stream.quality:
+            raise ValueError(
+                f"a quality of {stream.quality!r} cannot be written; see coded_quality"
+            )
+        out += _QUALITY.pack(round(stream.quality * QUALITY_STEPS))
     _write_varint(out, stream.height)
     _write_varint(out, stream.width)
     if len(stream.guards) > MAX_GUARDS:
@@ -141,7 +177,8 @@ def unpack(data: bytes) -> Stream:
     """Read a `.mvc` file. Time and memory are bounded by the file's own length.
 
     Raises:
-        BitstreamError: it is not one, it is damaged, or its version or size is not supported.
+        BitstreamError: it is not one, it is damaged, or its version, size or quality is not
+            supported.
     """
     if data[: len(_MAGIC)] != _MAGIC:
         raise BitstreamError("not an .mvc file: it does not begin with the letters MVC")
@@ -150,20 +187,23 @@ def unpack(data: bytes) -> Stream:
     if len(data) < _FIXED.size + _CHECKSUMS.size:
         raise BitstreamError(f"the file is cut off: {len(data)} bytes are less than any header")
     _, version, model = _FIXED.unpack_from(data)
-    if version & ~_EXACT != VERSION:
-        raise BitstreamError(
-            f"version {version & ~_EXACT} of the format is not supported, only version {VERSION}"
-        )
+    exact, version = bool(version & _EXACT), version & ~_EXACT
+    if version not in (1, 2):
+        raise BitstreamError(f"version {version} of the format is not supported, only 1 and 2")
     crc, file_crc = _CHECKSUMS.unpack_from(data, len(data) - _CHECKSUMS.size)
     if zlib.crc32(memoryview(data)[:-4]) != file_crc:
         raise BitstreamError("the file is damaged or cut off: its checksum does not match")
     reader = _Reader(memoryview(data)[_FIXED.size : -_CHECKSUMS.size])
+    quality = None
+    if version == 2:
+        (steps,) = _QUALITY.unpack(reader.take(_QUALITY.size))
+        quality = check_quality(steps / QUALITY_STEPS)
     height, width = reader.varint(), reader.varint()
     check_size(height, width)
     guards = reader.guards()
     z = reader.take(reader.varint())
     y = reader.take(len(reader.left))
-    return Stream(model, bool(version & _EXACT), height, width, guards, z, y, crc)
+    return Stream(model, exact, height, width, guards, z, y, crc, quality)
 
 
 class _Reader:

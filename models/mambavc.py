@@ -11,6 +11,7 @@ from layers.compressai import GaussianConditional, conv, deconv
 from ._registry import register_model
 from .base import SliceHyperprior
 from .entropy import Bottleneck
+from .gains import Gains
 
 
 @register_model("mambavc")
@@ -36,6 +37,9 @@ class MambaVC(SliceHyperprior):
         Z: channels of z.
         context_width: width inside the attention and at the end of the slice transforms.
         transform_width: width of the first layer of the slice transforms.
+        qualities: 0 for a single rate; or 2 or more, for gains (see `Gains`) learnt at so many
+            qualities, which make every rate between them possible.
+        lmbda_range: weights of the distortion at quality 0 and 100, where there are gains.
     """
 
     def __init__(
@@ -49,6 +53,8 @@ class MambaVC(SliceHyperprior):
         Z: int = 192,
         context_width: int = 128,
         transform_width: int = 224,
+        qualities: int = 0,
+        lmbda_range: tuple[float, float] = (0.0018, 0.12),  # about 0.11 to 1.35 bpp on Kodak
     ):
         super().__init__()
         if num_slices < 1 or M % num_slices:
@@ -63,6 +69,8 @@ class MambaVC(SliceHyperprior):
             "Z": Z,
             "context_width": context_width,
             "transform_width": transform_width,
+            "qualities": qualities,
+            "lmbda_range": list(lmbda_range),
         }
         C = 2 * N
         L1, L2, L3, L4 = depths
@@ -125,6 +133,7 @@ class MambaVC(SliceHyperprior):
 
         self.entropy_bottleneck = Bottleneck(Z)
         self.gaussian_conditional = GaussianConditional(None)
+        self.gains = Gains(qualities, M, Z, lmbda_range) if qualities else None
         self.to(memory_format=torch.channels_last)
 
     def make_block(self, dim: int, drop_path: float, index: int) -> nn.Module:
@@ -162,6 +171,7 @@ class MambaVC(SliceHyperprior):
             "Z": state_dict[f"h_a.{hyper[-1]}.weight"].shape[0],
             "context_width": state_dict["cc_mean_transforms.0.2.weight"].shape[0],
             "transform_width": transform_width,
+            "qualities": len(state_dict.get("gains.y_enc", ())),
         }
 
 

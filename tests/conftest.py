@@ -66,6 +66,19 @@ def spread_model(seed=0, **sizes):
     return model.eval()
 
 
+def gained_model(qualities=4, **sizes):
+    """A `spread_model` whose gains on y and z differ from channel to channel and are no inverses,
+    as trained ones.
+    """
+    model = spread_model(qualities=qualities, **sizes)
+    with torch.no_grad():
+        for parameter in model.gains.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape[1])
+        model.gains.z_enc += torch.linspace(-0.3, 0.3, qualities)[:, None]
+        model.gains.z_dec -= torch.linspace(-0.2, 0.2, qualities)[:, None]
+    return model
+
+
 def save_checkpoint(model, path, name="mambavc"):
     """Write the part of a training checkpoint that coding needs; return its path as text."""
     state = {"model": name, "model_args": model.config, "state_dict": model.state_dict()}

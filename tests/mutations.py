@@ -30,6 +30,7 @@ CODEC = "tests/test_codec.py"
 EVAL = "tests/test_eval.py"
 CODING = "tests/test_models_coding.py"
 CHECKPOINT = "tests/test_models_checkpoint.py"
+GAINS = "tests/test_models_gains.py"
 UTILS = "tests/test_utils.py"
 # One fault in one or two lines reads better than ruff's seven.
 # fmt: off
@@ -78,8 +79,8 @@ FAULTS = [
     # Coding.
     Fault("models/coding.py", "x_hat.clamp(0, 1)", "(1 - x_hat.flip(-1)).clamp(0, 1)", CODEC,
           "is_the_original"),
-    Fault("models/coding.py", "coded = self.compress(x)", "coded = self.compress(0 * x)", CODEC,
-          "is_the_original"),
+    Fault("models/coding.py", "coded = self.compress(x, quality)",
+          "coded = self.compress(0 * x, quality)", CODEC, "is_the_original"),
     Fault("models/coding.py", "exact=stream.exact", "exact=True", CODING, "file_decodes"),
     Fault("models/coding.py", "part.to(dtype=torch.float64", "part.to(dtype=torch.float32", CODING,
           "float64"),
@@ -90,10 +91,25 @@ FAULTS = [
           "to_no_picture"),
     Fault("models/entropy.py", "self.guards[image].append((position, index))", "pass", CODING,
           "slightly_other"),
+    # Networks of every rate.
+    Fault("models/base.py", "h_a(y), z_enc)", "h_a(y), None)", GAINS, "folded"),
+    Fault("models/base.py", "layer.bias.copy_(layer.bias * factor)", "pass", GAINS, "folded"),
+    Fault("models/gains.py", ".clamp(0, 100) *", " *", GAINS, "interpolated"),
+    Fault("models/coding.py", ", rounded_gain.y_dec))", ", None))", GAINS, "estimated"),
+    Fault("models/coding.py", '"gains.z_enc")', '"gains.")', GAINS, "fingerprint"),
+    Fault("models/coding.py", "if (stream.quality is None) != (self._gains is None):",
+          "if False:", GAINS, "version_is_not"),
+    Fault("models/container.py", "check_quality(steps / QUALITY_STEPS)", "steps / QUALITY_STEPS",
+          "tests/test_models_container.py", "hostile"),
+    Fault("models/search.py", "excesses[other] /= 2", "pass", "tests/test_models_search.py",
+          "within_the_range"),
+    Fault("codec.py", "value * math.log(10) / 10", "value", CODEC, "within_a_percent"),
+    Fault("eval.py", "for low, high in zip(*pair, strict=True))", "for low, high in [pair])", EVAL,
+          "does_not_help"),
     # The codec on the command line.
     Fault("codec.py", "or not args.fast_entropy", "or True", CODEC, "is_the_original"),
     Fault("codec.py", "select_device(args.cuda)", "select_device(False)", CODEC, "cuda"),
-    Fault("codec.py", "if verify:", "if False:", CODEC, "failed_verification"),
+    Fault("codec.py", "if args.verify:", "if False:", CODEC, "failed_verification"),
     Fault("codec.py", "if not force:", "if False:", CODEC, "unless_forced"),
     Fault("codec.py", "if job.source and job.target.samefile", "if False and job.target.samefile",
           CODEC, "bad_usage"),
@@ -109,14 +125,14 @@ FAULTS = [
     Fault("eval.py", "    if estimate:", "    if False:", EVAL, "expected_ones"),
     Fault("eval.py", "fmean(column)", "column[0]", EVAL, "expected_ones"),
     Fault("eval.py", "to_image(x_hat[0])", "to_image(x[0])", EVAL, "reconstructions"),
-    Fault("eval.py", "if overwritten or", "if False and", EVAL, "never_overwritten"),
+    Fault("eval.py", "if overwrites or", "if False and", EVAL, "never_overwritten"),
     Fault("eval.py", "problems[file.name] = str(error)", "pass", EVAL, "skipped_named"),
     Fault("eval.py", "None if value == math.inf else value", "value", EVAL, "every_reader"),
     # Checkpoints.
-    Fault("models/checkpoint.py", "else half).contiguous()", "else half).contiguous() * 0",
-          CHECKPOINT, "saved_weights"),
-    Fault("models/checkpoint.py", "exact or not half.isfinite().all()", "exact", CHECKPOINT,
-          "beyond_half"),
+    Fault("models/checkpoint.py", "state_dict[key] = kept.contiguous()",
+          "state_dict[key] = kept.contiguous() * 0", CHECKPOINT, "saved_weights"),
+    Fault("models/checkpoint.py", "if is_exact or not half.isfinite().all()", "if is_exact",
+          CHECKPOINT, "beyond_half"),
     Fault("models/checkpoint.py", "if not value.isfinite().all():", "if False:", CHECKPOINT,
           "damaged_weights"),
     Fault("models/checkpoint.py", "if not fits:", "if False:", CHECKPOINT,

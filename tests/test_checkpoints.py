@@ -9,8 +9,8 @@ import torch
 
 import eval as evaluation
 import utils
-from models import Coder, container, load_model
-from models.checkpoint import CHECKPOINT_FOLDER
+from models import Coder, build_model, container, load_model
+from models.checkpoint import CHECKPOINT_FOLDER, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 NAME = "mambavc-light-0.0130"
@@ -42,6 +42,41 @@ def test_streams_of_a_gpu_decode_on_this_machine(coder, name):
     original = utils.to_tensor(utils.read_image(ROOT / "demo" / "train" / crop))
     # Float32 synthesis may round a sample in some thousands to the next 8-bit value.
     assert utils.psnr(x_hat, original[None, :, :height, :width]) == pytest.approx(psnr, abs=0.01)
+
+
+# The same weights with gains, encoded on a CPU from crop1.jpg:
+# file: (height, width, quality, CRC-32 of all decoded symbols, PSNR in dB).
+STREAMS_2 = {
+    "version2-0.mvc": (97, 131, 0.0, 0x0ACC8FE0, 28.270),
+    "version2-45.67.mvc": (97, 131, 45.67, 0xA48FB7AA, 33.674),
+    "version2-100.mvc": (64, 40, 100.0, 0xCD6BEB93, 36.830),
+}
+
+
+def with_gains():
+    """A network of every rate, not trained as one, whose weights are the same on any machine."""
+    model = build_model("mambavc-light", qualities=3).eval()
+    model.load_single_rate(load_checkpoint(NAME)["state_dict"])
+    steps = torch.tensor([-1.0, 0.0, 1.0])[:, None]
+    with torch.no_grad():
+        model.gains.y_enc.copy_(steps + torch.arange(160) % 5 / 16)
+        model.gains.y_dec.copy_(-model.gains.y_enc)
+        model.gains.z_enc.copy_(steps / 8)
+        model.gains.z_dec.copy_(-steps / 16)
+    return model
+
+
+@torch.no_grad()
+def test_streams_of_version_2_decode_at_their_quality():
+    coder = Coder(with_gains())
+    original = utils.to_tensor(utils.read_image(ROOT / "demo" / "train" / "crop1.jpg"))
+    for name, (height, width, quality, crc, psnr) in STREAMS_2.items():
+        data = (Path(__file__).parent / "assets" / "streams" / name).read_bytes()
+        stream = container.unpack(data)
+        assert (stream.version, stream.quality, stream.crc) == (2, quality, crc)
+        x_hat = coder.decode(data)  # raises where a symbol differs
+        x = original[None, :, :height, :width]
+        assert utils.psnr(x_hat, x) == pytest.approx(psnr, abs=0.01)
 
 
 @torch.no_grad()

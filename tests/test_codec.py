@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import save_checkpoint, spread_model
+from conftest import gained_model, save_checkpoint, spread_model
 from PIL import Image
 
 import codec
 import models.entropy
 import models.memory
 import utils
-from models import BitstreamError, Coder, container
+from models import BitstreamError, Coder, container, load_model
 from utils import DataError, UsageError
 
 ROOT = Path(__file__).parent.parent
@@ -173,6 +173,112 @@ def test_encode_info_decode(folder, checkpoint, coder, capsys):
     codec.main(["decode", "a.mvc", "back.bmp", "--checkpoint", checkpoint])
     assert Image.open("back.bmp").format == "BMP"
     assert files(folder) == ["a.mvc", "a.png", "b.png", "back.bmp", "back.png"]
+
+
+@pytest.fixture(scope="module")
+def every_rate(tmp_path_factory):
+    """Checkpoint of a network of every rate."""
+    folder = tmp_path_factory.mktemp("every_rate")
+    return save_checkpoint(gained_model(), folder / "gained.pth.tar")
+
+
+def test_quality_is_in_the_file_and_in_what_is_said_of_it(folder, every_rate, capsys):
+    arguments = ["encode", "a.png", "a.mvc", "--checkpoint", every_rate]
+    codec.main([*arguments, "--quality", "33.333"])
+    assert re.search(r"bpp, quality 33\.33$", capsys.readouterr().out.strip())
+    assert container.unpack(Path("a.mvc").read_bytes()).quality == 33.33
+    codec.main(["info", "a.mvc"])
+    assert re.search(r"bpp, quality 33\.33, model \w+, version 2, exact", capsys.readouterr().out)
+    codec.main(["decode", "a.mvc", "back.png", "--checkpoint", every_rate])
+    assert Image.open("back.png").size == (70, 50)
+
+
+@pytest.mark.parametrize("flag", ["--target-bpp", "--target-bytes", "--target-psnr"])
+def test_target_is_met_within_a_percent(folder, every_rate, flag, capsys):
+    coder = Coder(load_model(every_rate))
+    picture(160, 130).save("a.png")
+    x = utils.to_tensor(Image.open("a.png"))[None]
+
+    def value(data):
+        if flag == "--target-psnr":
+            return utils.psnr(coder.decode(data), x)
+        return len(data) if flag == "--target-bytes" else 8 * len(data) / (160 * 130)
+
+    wanted = value(coder.encode(x, 20.0))
+    if flag == "--target-bytes":
+        wanted = round(wanted)
+    arguments = ["a.png", "a.mvc", "--checkpoint", every_rate]
+    codec.main(["encode", *arguments, flag, str(wanted)])
+    out = capsys.readouterr().out
+    assert re.search(r", quality [\d.]+ found in [1-8] codings", out)
+    assert "not met" not in out
+    found = value(Path("a.mvc").read_bytes())
+    if flag == "--target-psnr":
+        assert abs(found - wanted) < 0.0433, "1 % of the squared error, in dB"
+        assert f"{found:.2f} dB" in out
+    else:
+        assert found == pytest.approx(wanted, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "quality"), [("--target-bpp", "0.001", 0), ("--target-bytes", "99999", 100)]
+)
+def test_target_out_of_reach_gives_the_nearest_and_says_so(
+    folder, every_rate, flag, value, quality, capsys
+):
+    codec.main(["encode", "a.png", "b.png", "out", "--checkpoint", every_rate, flag, value])
+    unit = flag.removeprefix("--target-")
+    for line in capsys.readouterr().out.splitlines():
+        assert f", quality {quality} found in 2 codings, the nearest to the target" in line
+        assert line.endswith(f"of {value} {unit}, which was not met")
+    assert container.unpack(Path("out/b.mvc").read_bytes()).quality == quality
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "is a network of every rate; give --quality, --target-bpp, --target-psnr or"),
+        (["--quality", "100.5"], "expected a number of at least 0 and at most 100, got '100.5'"),
+        (["--quality", "nan"], "expected a number of at least 0 and at most 100, got 'nan'"),
+        (["--quality", "5", "--target-bpp", "1"], "not allowed with argument"),
+        (["--target-psnr", "0"], "expected a number above 0"),
+        (["--target-bytes", "1.5"], "expected an integer of at least 1"),
+    ],
+    ids=" ".join,
+)
+def test_rates_that_cannot_be_are_refused(folder, every_rate, flags, message):
+    with pytest.raises(UsageError, match=message):
+        codec.main(["encode", "a.png", "a.mvc", "--checkpoint", every_rate, *flags])
+    assert files(folder) == ["a.png", "b.png"]
+
+
+@pytest.mark.parametrize("flags", [["--quality", "5"], ["--target-bpp", "1"]], ids=" ".join)
+def test_single_rate_takes_neither_quality_nor_target(folder, checkpoint, flags):
+    with pytest.raises(UsageError, match="is a network of a single rate; leave out --quality"):
+        codec.main(["encode", "a.png", "a.mvc", "--checkpoint", checkpoint, *flags])
+
+
+def test_damaged_quality_is_one_line(folder, every_rate, capsys):
+    """By accident, and with a file checksum that was made to fit."""
+    codec.main(["encode", "a.png", "a.mvc", "--checkpoint", every_rate, "--quality", "40"])
+    data = Path("a.mvc").read_bytes()
+    assert data[8:10] == (4000).to_bytes(2, "little")
+    for quality, resealed, message in (
+        (b"\xa1\x0f", False, "its checksum does not match"),
+        (b"\xff\xff", False, "its checksum does not match"),
+        (b"\xff\xff", True, "a quality of 655.35 is outside the range from 0 to 100"),
+        (b"\x11\x27", True, "a quality of 100.01 is outside the range from 0 to 100"),
+    ):
+        damaged = data[:8] + quality + data[10:]
+        if resealed:
+            damaged = damaged[:-4] + struct.pack("<I", zlib.crc32(damaged[:-4]))
+        Path("bad.mvc").write_bytes(damaged)
+        for command in (["info", "bad.mvc"], ["decode", "bad.mvc", "x.png"]):
+            tail = ["--checkpoint", every_rate] if command[0] == "decode" else []
+            with pytest.raises(DataError, match=message) as caught:
+                codec.main([*command, *tail])
+            assert "\n" not in str(caught.value)
+    assert "x.png" not in files(folder)
 
 
 def test_several_inputs_go_to_a_folder(folder, checkpoint, capsys):

@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_checkpoint, tiny_model
+from conftest import gained_model, save_checkpoint, tiny_model
 from PIL import Image
 
 import eval as evaluation
 import utils
-from models import Coder, container
+from models import Coder, container, load_model
+from tools.figures.plot import load_curve
 
 ROOT = Path(__file__).parent.parent
 EXPECTED = Path(__file__).parent / "assets" / "expected_eval.json"
@@ -102,6 +103,77 @@ def test_streams_are_coded_as_asked(fast, pictures, monkeypatch, capsys):
     code, *_ = run(["--data", pictures, "--checkpoint", CHECKPOINT, *fast], monkeypatch, capsys)
     assert code == 0
     assert {stream.exact for stream in streams} == {not fast}
+
+
+@pytest.fixture(scope="module")
+def every_rate(tmp_path_factory):
+    """Checkpoint of a network of every rate."""
+    folder = tmp_path_factory.mktemp("every_rate")
+    return save_checkpoint(gained_model(), folder / "gained.pth.tar")
+
+
+@pytest.mark.parametrize("mode", [[], ["--estimate"]], ids=["real", "estimate"])
+def test_qualities_give_one_curve(mode, every_rate, pictures, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "curve.json"
+    argv = ["--data", pictures, "--checkpoint", every_rate, "--json", file, *mode]
+    code, out, _ = run([*argv, "--qualities", 90, 10, 40.004, 40], monkeypatch, capsys)
+    assert code == 0
+    result = json.loads(file.read_text())
+    assert result["description"].partition(", ")[2].startswith("2 pictures")
+    curve = result["results"]
+    assert curve["quality"] == [10, 40, 90], "in order, each once"
+    assert {len(values) for values in curve.values()} == {3}
+    assert [(row["name"], row["quality"]) for row in result["images"]] == [
+        (name, quality) for name in ("a.png", "b.png") for quality in (10, 40, 90)
+    ]
+    assert curve["bpp"] == sorted({*curve["bpp"]})
+    for i, quality in enumerate(curve["quality"]):
+        rows = [row for row in result["images"] if row["quality"] == quality]
+        assert curve["bpp"][i] == pytest.approx(sum(row["bpp"] for row in rows) / 2)
+        assert curve["ms-ssim-rgb"][i] == rows[0]["ms-ssim-rgb"]
+        assert re.search(rf"^quality {quality:g}, lambda 0\.\d{{4}}$", out, re.MULTILINE)
+    assert out.count("skipped for 1 of 2: b.png") == 1
+    assert load_curve(str(file)).bpp.tolist() == curve["bpp"]
+
+
+def test_quality_of_an_evaluation_is_that_of_the_codec(every_rate):
+    coder = Coder(load_model(every_rate))
+    x = torch.rand(1, 3, 40, 33)
+    row, x_hat = evaluation.evaluate_image(coder, x, False, 61.5)
+    data = coder.encode(x, 61.5)
+    assert (row["bpp"], row["quality"]) == (8 * len(data) / (40 * 33), 61.5)
+    assert torch.equal(x_hat, coder.decode(data))
+
+
+def test_pictures_that_a_higher_quality_does_not_help_are_named():
+    def rows(*values):
+        return [
+            {"name": name, "bpp": bpp, "psnr-rgb": psnr}
+            for name, (bpp, psnr) in zip("abc", values, strict=True)
+        ]
+
+    low = rows((1, 30), (1, 30), (1, 30))
+    assert evaluation.not_rising([low, rows((2, 31), (1, 31), (2, 30))]) == ["b", "c"]
+    assert evaluation.not_rising([low, rows((2, 31), (2, 31), (2, 31))]) == []
+    assert evaluation.not_rising([low]) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "is a network of every rate; give --qualities"),
+        (["--qualities", "101"], "at most 100, got '101'"),
+        (["--qualities", "1", "2", "--save-images", "x"], "pictures of one quality; give one"),
+    ],
+    ids=str,
+)
+def test_qualities_that_cannot_be_are_one_line(
+    flags, message, every_rate, pictures, monkeypatch, capsys
+):
+    argv = ["--data", pictures, "--checkpoint", every_rate, *flags]
+    code, out, err = run(argv, monkeypatch, capsys)
+    assert (code, out) == (2, "")
+    assert message in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("change", [lambda x: x.flip(-1), lambda x: x + 0.003], ids=["flip", "add"])
@@ -289,6 +361,11 @@ def bad_files(tmp_path_factory):
             "has several of a; rename them",
         ),
         (["--data", "{data}", "--checkpoint", CHECKPOINT, "--lambda", "1"], 2, "--lambda"),
+        (
+            ["--data", "{data}", "--checkpoint", CHECKPOINT, "--qualities", "1"],
+            2,
+            "of a single rate; leave out --qualities",
+        ),
         (["--data", "{data}", "--checkpoint", "{bad}/nan_g_s.pth.tar"], 2, "nan_g_s.pth.tar"),
         (["--data", "{data}", "--checkpoint", "{bad}/flat.pth.tar"], 2, "flat.pth.tar"),
         (["--data", "{data}", "--checkpoint", "{bad}/half.pth.tar"], 2, "half.pth.tar"),

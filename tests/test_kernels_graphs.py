@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SHALLOW
+from conftest import SHALLOW, gained_model
 
 import models
 from kernels.graphs import GraphedGradients, GraphedUpdate, Replay
@@ -73,6 +73,33 @@ def test_replayed_streams_are_the_eager_streams(exact):
     for x, stream, x_hat in zip(pictures, streams, decoded, strict=True):
         assert coder.compress(x) == stream
         assert torch.equal(coder.decompress(**stream)["x_hat"], x_hat)
+
+
+def test_graphs_serve_every_quality():
+    torch.manual_seed(0)
+    model = gained_model().cuda()
+    x = torch.rand(1, 3, 64, 128, device="cuda")
+    coder = models.Coder(model, graphs=True)
+    for quality in (50, 50, 0, 33.3, 100):
+        stream = coder.compress(x, quality)
+        assert stream == model.compress(x, quality=quality)
+        expected = model.decompress(**stream)["x_hat"]
+        assert torch.equal(coder.decompress(**stream)["x_hat"], expected)
+    assert len(coder._replay.graphs) == 13, "those of one size"
+
+
+def test_the_host_does_not_wait_for_gains():
+    model = gained_model().cuda().train()
+    x = torch.rand(2, 3, 64, 64, device="cuda")
+    quality = 100 * torch.rand(2, device="cuda")
+    model(x, quality)  # kernels are compiled
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.lmbda(quality)
+        model(x, quality)
+        model(x, 50)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_replay_goes_on_after_it_forgot():

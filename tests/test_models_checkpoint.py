@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from conftest import TINY, save_checkpoint, tiny_model
+from conftest import TINY, gained_model, save_checkpoint, tiny_model
 from safetensors.torch import load_file, save_file
 
 from models import Coder, build_model, checkpoint, load_model
@@ -64,6 +64,19 @@ def test_saved_weights_are_those_of_the_checkpoint_in_half_precision(state, tmp_
     assert stored["g_a.0.weight"].dtype == torch.float16
 
 
+def test_gains_are_kept_exactly(tmp_path):
+    model = gained_model()
+    checkpoint.save_weights(state_of(model), tmp_path / "x.safetensors")
+    loaded = load_model(tmp_path / "x.safetensors")
+    assert loaded.config == model.config
+    assert all(map(torch.equal, loaded.gains.parameters(), model.gains.parameters()))
+
+
+def test_checkpoints_from_before_there_were_gains_are_loaded(state):
+    del state["model_args"]["qualities"], state["model_args"]["lmbda_range"]
+    assert checkpoint.build_from_checkpoint(state, "old").qualities == 0
+
+
 @torch.no_grad()
 def test_weights_beyond_half_precision_are_kept(state, tmp_path):
     state["state_dict"]["g_s.0.weight"][0, 0, 0, 0] = 70_000.5
@@ -96,7 +109,12 @@ def test_tables_are_built_where_there_are_none(state, tiny):
 
 
 def test_arguments_that_leave_no_trace_are_kept(tiny):
-    for sizes in ({"drop_path_rate": 0.25}, {"max_support_slices": 4}, {"max_support_slices": 9}):
+    for sizes in (
+        {"drop_path_rate": 0.25},
+        {"max_support_slices": 4},
+        {"max_support_slices": 9},
+        {"qualities": 3, "lmbda_range": (0.01, 0.02)},
+    ):
         state = state_of(tiny_model(**sizes))
         assert checkpoint.build_from_checkpoint(state, "x").config == state["model_args"]
 

@@ -41,6 +41,7 @@ def streams(draw):
         z=draw(st.binary(max_size=300)),
         y=draw(st.binary(max_size=300)),
         crc=draw(st.integers(0, 2**32 - 1)),
+        quality=draw(st.none() | st.integers(0, 10_000).map(lambda steps: steps / 100)),
     )
 
 
@@ -52,12 +53,12 @@ def test_what_is_packed_is_unpacked(stream):
     assert pack(unpack(data)) == data
 
 
-@given(st.binary(max_size=80), st.booleans())
+@given(st.binary(max_size=80), st.booleans(), st.sampled_from([b"\x81", b"\x82"]))
 @settings(max_examples=500, deadline=None)
-def test_random_bytes_are_refused(data, sealed):
+def test_random_bytes_are_refused(data, sealed, version):
     """With a CRC that fits, they may be a file, but then this very one."""
     if sealed:
-        data = seal(b"MVC\x81" + data + bytes(8))
+        data = seal(b"MVC" + version + data + bytes(8))
     try:
         stream = unpack(data)
     except BitstreamError as error:
@@ -71,6 +72,7 @@ def test_kodak_picture_takes_at_most_40_bytes_beyond_its_strings():
     assert len(pack(KODAK)) - len(KODAK.y) - len(KODAK.z) == 39
     bare = dataclasses.replace(KODAK, guards=[])
     assert len(pack(bare)) - len(bare.y) - len(bare.z) == 23
+    assert len(pack(dataclasses.replace(bare, quality=50.0))) == len(pack(bare)) + 2
 
 
 def test_bytes_are_those_of_the_table_in_the_docstring():
@@ -81,10 +83,14 @@ def test_bytes_are_those_of_the_table_in_the_docstring():
         b"\x02zzyyy" + b"\xef\xbe\xad\xde"
     )
     assert data == body + struct.pack("<I", zlib.crc32(body))
+    of_version_2 = dataclasses.replace(unpack(data), quality=43.21)
+    body = b"MVC\x82" + body[4:8] + b"\xe1\x10" + body[8:]
+    assert pack(of_version_2) == body + struct.pack("<I", zlib.crc32(body))
 
 
-def test_every_flipped_bit_and_every_cut_is_refused():
-    data = pack(dataclasses.replace(KODAK, z=b"zz", y=b"yyy"))
+@pytest.mark.parametrize("quality", [None, 33.3])
+def test_every_flipped_bit_and_every_cut_is_refused(quality):
+    data = pack(dataclasses.replace(KODAK, z=b"zz", y=b"yyy", quality=quality))
     for bit in range(8 * len(data)):
         damaged = bytearray(data)
         damaged[bit // 8] ^= 1 << bit % 8
@@ -108,7 +114,8 @@ def header(height=b"\x01", width=b"\x01", guards=b"\x00", z=b"\x00", version=b"\
         (b"", "not an .mvc file"),
         (b"\x89PNG\r\n\x1a\n", "not an .mvc file"),
         (b"MVC\x81", "cut off"),
-        (header(version=b"\x82"), "version 2"),
+        (header(version=b"\x83"), "version 3"),
+        (header(version=b"\x82", height=b"\x11\x27\x01"), "quality of 100.01 is outside"),
         (header(version=b"\x00"), "version 0"),
         (header(height=b"\x00"), "1x0"),
         (header(width=b"\x80\x80\x04"), "65536x1"),
@@ -146,9 +153,12 @@ def test_smallest_and_largest_pictures_are_accepted():
         {"height": 0},
         {"width": container.MAX_SIDE + 1},
         {"height": 8193, "width": 8192},
+        {"quality": 100.01},
+        {"quality": float("nan")},
+        {"quality": 33.333},
     ],
     ids=" ".join,
 )
 def test_what_could_not_be_read_is_not_written(change):
-    with pytest.raises(ValueError, match=r"fingerprint|guard|pixels"):
+    with pytest.raises(ValueError, match=r"fingerprint|guard|pixels|quality"):
         pack(dataclasses.replace(KODAK, **change))

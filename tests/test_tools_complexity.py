@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import models
 from layers import SS2D, VSSBlock
 from models.variants import HEAD_DIM
-from tools import complexity
+from tools import complexity, networks
 from utils import UsageError
 
 ROOT = Path(complexity.__file__).parent.parent
@@ -216,6 +216,11 @@ def test_a_checkpoint_is_counted_as_its_network(tmp_path, capsys):
     complexity.main(["--models", str(tmp_path / "mine.pth.tar"), "--size", "128", "128"])
     gmacs = counted("convvc", 128, 128)["macs"] / 1e9
     assert f"mine.pth.tar 128x128: {gmacs:.1f} GMACs" in capsys.readouterr().out
+
+
+def test_a_network_of_every_rate_is_counted_as_it_is_at_one(tmp_path):
+    path = save_checkpoint(tiny_model("convvc", qualities=3), tmp_path / "every.pth.tar", "convvc")
+    assert complexity.count(networks.build(path), 64, 64) == counted("convvc", 64, 64)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_checkpoint, spread_model
+from conftest import gained_model, save_checkpoint, spread_model
 
 import models
 from models.checkpoint import load_checkpoint, load_model
@@ -36,6 +36,35 @@ def test_exported_weights_are_those_of_the_checkpoint(tmp_path, checkpoint, caps
     coder = models.Coder(load_model(output))
     x = torch.rand(1, 3, 64, 96)
     assert coder.decode(coder.encode(x)).shape == x.shape
+
+
+@torch.no_grad()
+def test_a_quality_is_exported_as_a_network_of_a_single_rate(tmp_path, capsys):
+    shared, plain = tmp_path / "shared.safetensors", tmp_path / "plain.safetensors"
+    export.main([save_checkpoint(gained_model(), tmp_path / "run.pth.tar"), str(shared)])
+    export.main([str(shared), str(plain), "--quality", "37.5"])
+    assert "quality 37.5 is lambda 0.0087\n" in capsys.readouterr().err
+    every, single = load_model(shared), load_model(plain)
+    assert load_checkpoint(plain)["model_args"]["qualities"] == 0
+    assert single.state_dict().keys() == spread_model().state_dict().keys()
+    assert plain.stat().st_size < 1.5 * shared.stat().st_size, "most of it is in half precision"
+    x = torch.rand(1, 3, 70, 100)
+    expected, actual = every(x, 37.5)["x_hat"], single(x)["x_hat"]
+    # Weights differ by float32's rounding; no latent of this picture is rounded otherwise for it.
+    assert (actual - expected).norm() < 1e-5 * expected.norm()
+    coder = models.Coder(single)
+    decoded = coder.decode(coder.encode(x))
+    torch.testing.assert_close(decoded, actual.clamp(0, 1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("quality", "message"),
+    [("37.5", "a network of a single rate; leave out --quality"), ("101", "at most 100, got")],
+)
+def test_a_quality_that_there_is_not_is_one_line(tmp_path, checkpoint, quality, message):
+    with pytest.raises(UsageError, match=message):
+        export.main([checkpoint, str(tmp_path / "x.safetensors"), "--quality", quality])
+    assert not (tmp_path / "x.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHALLOW, save_checkpoint, tiny_model
+from conftest import SHALLOW, gained_model, save_checkpoint, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -584,6 +584,16 @@ def test_pictures_and_their_details_are_drawn():
     ]
     for array, image in zip(shown, expected, strict=True):
         assert np.array_equal(array, np.asarray(image))
+
+
+def test_comparison_needs_the_quality_of_a_network_of_every_rate(checkpoint, pictures, tmp_path):
+    arguments = ["--image", str(pictures / "0.png"), "--output", str(tmp_path / "v.png")]
+    every_rate = save_checkpoint(gained_model(), tmp_path / "x.pth.tar")
+    visual.main([*arguments, "--checkpoint", every_rate, "--quality", "50"])
+    with pytest.raises(UsageError, match="of every rate; give --quality"):
+        visual.main([*arguments, "--checkpoint", every_rate])
+    with pytest.raises(UsageError, match="of a single rate; leave out --quality"):
+        visual.main([*arguments, "--checkpoint", checkpoint, "--quality", "50"])
 
 
 def test_a_detail_outside_the_picture_is_refused(tmp_path, checkpoint, pictures):

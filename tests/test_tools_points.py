@@ -21,6 +21,17 @@ def test_points_are_listed_with_what_was_measured(tmp_path, capsys):
     assert b.split() == ["b", "0.250", "30.000"]
 
 
+def test_points_of_a_curve_are_listed_one_below_the_other(tmp_path, capsys):
+    results = {"quality": [12.5, 70], "bpp": [0.25, 0.5], "psnr-rgb": [30, 33]}
+    (tmp_path / "a.json").write_text(json.dumps({"results": results}))
+    points.main([str(tmp_path / "a.json")])
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [
+        ["a", "at", "12.5", "0.250", "30.000"],
+        ["a", "at", "70", "0.500", "33.000"],
+    ]
+
+
 def test_another_file_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(UsageError, match=r"x\.json is not a file that eval\.py"):

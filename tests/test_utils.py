@@ -34,6 +34,7 @@ def test_import_needs_neither_pytorch_nor_numpy():
 def test_numbers_are_of_their_range():
     assert number(int, 0)("0") == 0
     assert number(float, 0, 1)("0.5") == 0.5
+    assert number(float, 0, most=100)("100") == 100
     assert utils.positive_int("7") == 7
     for parse, text, message in (
         (utils.positive_int, "0", "expected an integer of at least 1, got '0'"),
@@ -42,6 +43,11 @@ def test_numbers_are_of_their_range():
         (number(float, 0), "nan", "expected a number of at least 0, got 'nan'"),
         (number(float, 0), "inf", "expected a number of at least 0, got 'inf'"),
         (number(float, 0, 1), "1", "expected a number of at least 0 and below 1, got '1'"),
+        (
+            number(float, 0, most=9),
+            "9.1",
+            "expected a number of at least 0 and at most 9, got '9.1'",
+        ),
     ):
         with pytest.raises(argparse.ArgumentTypeError) as caught:
             parse(text)

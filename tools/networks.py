@@ -9,6 +9,7 @@ import utils
 from models.checkpoint import find_checkpoint, load_model
 from utils import UsageError
 
+MEASURED_QUALITY = 50  # of networks of every rate, whose operations are the same at all
 # The three that the paper compares.
 PAPER = ("mambavc", "convvc", "swinvc")
 # Heights and widths of --sweep, from 256x256 to 4K.
@@ -42,7 +43,7 @@ def sizes(args: argparse.Namespace) -> list[tuple[int, int]]:
 
 def build(name: str, N: int | None = None, M: int | None = None) -> models.SliceHyperprior:
     """The network of a registered name, with random weights that are always the same, or that of
-    a checkpoint; in eval mode, on the CPU.
+    a checkpoint (of every rate: what it folds to at one quality); in eval mode, on the CPU.
 
     Raises:
         UsageError: there is no such network.
@@ -62,4 +63,5 @@ def build(name: str, N: int | None = None, M: int | None = None) -> models.Slice
         raise UsageError(
             f"{name} is neither a network ({', '.join(models.list_models())}) nor a checkpoint"
         ) from None
-    return load_model(name)
+    model = load_model(name)
+    return model.at_quality(MEASURED_QUALITY) if model.qualities else model

@@ -19,7 +19,7 @@ from PIL import Image
 
 import utils
 from models import Coder
-from models.checkpoint import build_from_checkpoint, load_checkpoint
+from models.checkpoint import build_from_checkpoint, check_rate, load_checkpoint
 from tools.figures import style
 from utils import UsageError
 
@@ -44,7 +44,9 @@ def at_size(image: Image.Image, num_bytes: int, **options) -> bytes:
     return encode_pillow(image, QUALITIES[max(fitting - 1, 0)], **options)
 
 
-def compare(coder: Coder, name: str, image: Image.Image) -> list[tuple[str, Image.Image]]:
+def compare(
+    coder: Coder, name: str, image: Image.Image, quality: float | None = None
+) -> list[tuple[str, Image.Image]]:
     """(caption, picture) of the original, of the network, and of each of `FORMATS` at its rate."""
     pixels = image.width * image.height
     original = utils.to_tensor(image)
@@ -53,7 +55,7 @@ def compare(coder: Coder, name: str, image: Image.Image) -> list[tuple[str, Imag
         psnr = utils.psnr(original, utils.to_tensor(decoded))
         return f"{name}\n{8 * num_bytes / pixels:.3f} bpp, {psnr:.2f} dB"
 
-    stream = coder.encode(original[None])
+    stream = coder.encode(original[None], quality)
     ours = utils.to_image(coder.decode(stream)[0])
     rows = [("Original\n24 bpp", image), (caption(name, len(stream), ours), ours)]
     for name, options in FORMATS.items():
@@ -108,6 +110,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "visual", "Compare the network with WebP and JPEG on one picture at one rate."
     )
     parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument(
+        "--quality", type=utils.quality, metavar="Q", help="of a network of every rate: 0 to 100"
+    )
     parser.add_argument("--image", type=Path, required=True)
     parser.add_argument(
         "--detail",
@@ -132,9 +137,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{image.width}x{image.height} pixels"
         )
     checkpoint = load_checkpoint(args.checkpoint)
-    coder = Coder(build_from_checkpoint(checkpoint, args.checkpoint))
+    model = build_from_checkpoint(checkpoint, args.checkpoint)
+    check_rate(model, args.quality is not None, args.checkpoint, "--quality")
     name = checkpoint.get("model", "mambavc")
-    rows = compare(coder, style.NAMES.get(name, name), image)
+    rows = compare(Coder(model), style.NAMES.get(name, name), image, args.quality)
     for caption, _ in rows:
         print(caption.replace("\n", ": "))
     style.save(draw(rows, detail), args.output, dpi=140)
