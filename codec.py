@@ -28,7 +28,7 @@ from tqdm import tqdm
 import utils
 from models import container
 from models.checkpoint import find_checkpoint
-from models.memory import check_memory
+from models.memory import check_memory, keep_freed_memory
 from utils import DataError, UsageError, data_errors
 
 if TYPE_CHECKING:
@@ -337,6 +337,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         """
         from models import Coder, load_model
 
+        keep_freed_memory()
         device = utils.select_device(args.cuda)
         exact = args.command == "decode" or not args.fast_entropy
         return Coder(load_model(checkpoint, device), exact=exact)

@@ -18,7 +18,7 @@ from tqdm import tqdm
 import utils
 from models import container
 from models.checkpoint import find_checkpoint
-from models.memory import check_memory
+from models.memory import check_memory, keep_freed_memory
 from utils import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -250,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from models import Coder, load_model
 
+    keep_freed_memory()
     device = utils.select_device(args.cuda)
     model = load_model(checkpoint, device)
     coder = Coder(model, exact=not args.fast_entropy, graphs=args.cuda_graph)
