@@ -20,7 +20,7 @@ from tqdm import tqdm
 import utils
 from models import container
 from models.checkpoint import check_rate, find_checkpoint
-from models.memory import check_memory
+from models.memory import check_memory, keep_freed_memory
 from utils import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -370,6 +370,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from models import Coder, load_model
 
+    keep_freed_memory()
     device = utils.select_device(args.cuda)
     how = "estimated rates" if args.estimate else "real bitstreams"
     how += f", {torch.cuda.get_device_name(device) if args.cuda else 'CPU'}"
