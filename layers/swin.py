@@ -158,7 +158,7 @@ class _ResidualUnit(nn.Module):
         """Map (batch, dim, height, width) to the same shape."""
         if kernels.fuses_convolutions(x):
             return self.conv.fused(x, last="relu", residual=True)
-        return F.relu_(self.conv(x) + x)
+        return F.relu(self.conv(x) + x, inplace=True)
 
 
 class SwinAttentionBlock(nn.Module):
