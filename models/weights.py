@@ -182,10 +182,14 @@ def _read_index(path: Path) -> tuple[dict, dict[str, tuple[str, set[str]]]]:
 
 
 def _read_file(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    import torch
     from safetensors import safe_open
 
+    state_dict = {}
     with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-    state_dict = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-    return metadata or {}, state_dict
+        for key in file.keys():  # noqa: SIM118, not a dict
+            value = file.get_tensor(key)
+            dtype = torch.float32 if value.is_floating_point() else value.dtype
+            # A copy, also in its own dtype: a tensor of the file keeps all of the file in memory.
+            state_dict[key] = value.to(dtype, copy=True)
+        return file.metadata() or {}, state_dict
