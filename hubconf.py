@@ -122,6 +122,7 @@ def mambavc(pretrained: bool | str = False, **sizes):
 
     Raises:
         ValueError: there are no such weights; the message says which there are.
+        utils.UsageError: they are damaged, or not all parts of them are there.
     """
     return _load("mambavc", pretrained, sizes)
 

@@ -62,7 +62,8 @@ def use(checkpoint: Path | str, device: torch.device | str = "cpu") -> None:
     Files of the checkpoints that were in use before, the shipped one among them, still open.
 
     Args:
-        checkpoint: file that train.py or tools.export wrote, or the name of a shipped one.
+        checkpoint: file that train.py or tools.export wrote (of weights in parts, the index), or
+            the name of a shipped one.
         device: that codes, "cuda" for instance.
 
     Raises:

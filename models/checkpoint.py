@@ -12,7 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import UsageError, atomic_write
+from utils import UsageError
+
+from .weights import MAX_PART_BYTES, PART_PATTERN, index_path, read_weights, sha256, write_weights
 
 if TYPE_CHECKING:
     import torch
@@ -25,18 +27,30 @@ CHECKPOINT_FOLDER = Path(__file__).parent.parent / "checkpoints"
 
 def list_checkpoints() -> list[str]:
     """Names of the checkpoints that come with the project, sorted."""
-    return sorted(path.stem for path in CHECKPOINT_FOLDER.glob("*.safetensors"))
+    files = {*CHECKPOINT_FOLDER.glob("*.safetensors")}
+    files -= {*CHECKPOINT_FOLDER.glob(f"*{PART_PATTERN}")}
+    files |= {*CHECKPOINT_FOLDER.glob("*.safetensors.index.json")}
+    return sorted({checkpoint_name(path) for path in files})
+
+
+def checkpoint_name(path: Path) -> str:
+    """What a checkpoint's file, or the index of its parts, is called without its ending."""
+    name = path.name.removesuffix(".index.json")
+    return name.removesuffix(".safetensors").removesuffix(".pth.tar")
 
 
 def find_checkpoint(name: Path | str) -> Path:
     """The file of that path, or the checkpoint of that name that comes with the project.
 
+    Where that file's weights were written in parts, it is their index.
+
     Raises:
         UsageError: there is neither.
     """
     for path in (Path(name), CHECKPOINT_FOLDER / f"{name}.safetensors"):
-        if os.path.isfile(path):  # unlike Path.is_file, also of names too long for a file
-            return path
+        for file in (path, index_path(path)):
+            if os.path.isfile(file):  # unlike Path.is_file, also of names too long for a file
+                return file
     names = ", ".join(list_checkpoints())
     raise UsageError(
         f"checkpoint {name} does not exist; give a file that train.py saved"
@@ -51,19 +65,27 @@ def load_checkpoint(name: Path | str) -> dict:
         name: see `find_checkpoint`; what train.py, tools/export.py or the published code saved.
 
     Raises:
-        UsageError: there is no such file, or it is not a checkpoint.
+        UsageError: there is no such file, it is not a checkpoint, or its SHA-256 or that of a part
+            is not the recorded one.
     """
     import torch
 
     path = find_checkpoint(name)
     try:
-        if path.suffix == ".safetensors":
-            return _load_weights(path)
+        _check_record(path)
+        if path.suffix in (".safetensors", ".json"):
+            metadata, state_dict = read_weights(path)
+            checkpoint = {key: metadata[key] for key in ("model", "model_args")}
+            if "step" in metadata:
+                checkpoint["step"] = int(metadata["step"])
+            return {**checkpoint, "state_dict": state_dict}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about pickle protocols
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UsageError:
+        raise
     except PermissionError as error:
-        raise UsageError(f"cannot load {path}: {error.strerror}") from None
+        raise UsageError(f"cannot load {error.filename or path}: {error.strerror}") from None
     except Exception:  # torch and safetensors raise many types, and say nothing that would help
         raise UsageError(
             f"cannot load {path} as a checkpoint: it is damaged, or no file of weights; "
@@ -74,23 +96,30 @@ def load_checkpoint(name: Path | str) -> dict:
     return checkpoint
 
 
-def _load_weights(path: Path) -> dict:
-    """What `save_weights` wrote, in float32."""
-    from safetensors import safe_open
+def _check_record(path: Path) -> None:
+    """Check a file that comes with the project against the hash in its record, if it has one.
 
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-    state_dict = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-    model_args = json.loads(metadata["model_args"])
-    checkpoint = {"model": metadata["model"], "model_args": model_args, "state_dict": state_dict}
-    if "step" in metadata:
-        checkpoint["step"] = int(metadata["step"])
-    return checkpoint
+    Raises:
+        UsageError: it is another file.
+    """
+    record = CHECKPOINT_FOLDER / f"{checkpoint_name(path)}.json"
+    if path.parent.resolve() != CHECKPOINT_FOLDER.resolve() or not record.is_file():
+        return
+    recorded = json.loads(record.read_bytes()).get("sha256")
+    if recorded is not None and sha256(path) != recorded:
+        raise UsageError(
+            f"{path} is damaged, or not the file that {record.name} beside it records; fetch both "
+            "anew, or give weights of your own another name"
+        )
 
 
-def save_weights(checkpoint: dict, path: Path, exact: Iterable[str] = ()) -> bool:
-    """Write a checkpoint's weights, tables, configuration and any step as a safetensors file.
+def save_weights(
+    checkpoint: dict,
+    path: Path,
+    exact: Iterable[str] = (),
+    max_part_bytes: int = MAX_PART_BYTES,
+) -> bool:
+    """Write a checkpoint's weights, tables, configuration and any step as safetensors.
 
     Weights are rounded to half precision, but for tensors that hold a value beyond its range
     (65,504). The entropy models, which are small, are kept as they are, because their tables were
@@ -98,6 +127,8 @@ def save_weights(checkpoint: dict, path: Path, exact: Iterable[str] = ()) -> boo
     rounded, it would be any other to the scan's kernels.
 
     Args:
+        path: of a single file; of a larger one than ``max_part_bytes`` there are parts beside it,
+            and their index (`find_checkpoint` gives the one that is there).
         exact: names of further layers to keep as they are.
 
     Returns:
@@ -107,8 +138,6 @@ def save_weights(checkpoint: dict, path: Path, exact: Iterable[str] = ()) -> boo
     Raises:
         UsageError: a weight is not finite.
     """
-    from safetensors.torch import save
-
     from layers.ss2d import is_fixed
 
     from .coding import fingerprint
@@ -122,15 +151,8 @@ def save_weights(checkpoint: dict, path: Path, exact: Iterable[str] = ()) -> boo
         is_exact = key.startswith(prefixes) or (key.endswith(".A_logs") and is_fixed(value))
         kept = value if is_exact or not half.isfinite().all() else half
         state_dict[key] = kept.contiguous()
-    metadata = {
-        "model": checkpoint["model"],
-        "model_args": json.dumps(checkpoint["model_args"]),
-    }
-    if "step" in checkpoint:
-        metadata["step"] = str(checkpoint["step"])
-    with atomic_write(path) as temporary:
-        # Its function that writes files puts new ones, which others cannot read, in their place.
-        temporary.write_bytes(save(state_dict, metadata))
+    metadata = {k: checkpoint[k] for k in ("model", "model_args", "step") if k in checkpoint}
+    write_weights(state_dict, metadata, path, max_part_bytes)
     return fingerprint(state_dict) != fingerprint(checkpoint["state_dict"])
 
 

@@ -10,7 +10,7 @@ import torch
 import eval as evaluation
 import utils
 from models import Coder, build_model, container, load_model
-from models.checkpoint import CHECKPOINT_FOLDER, load_checkpoint
+from models.checkpoint import CHECKPOINT_FOLDER, find_checkpoint, list_checkpoints, load_checkpoint
 
 ROOT = Path(__file__).parent.parent
 NAME = "mambavc-light-0.0130"
@@ -102,7 +102,10 @@ def test_numbers_of_a_kodak_picture(coder):
     assert row["psnr-rgb"] == pytest.approx(34.800, abs=0.02)
 
 
-def test_file_is_the_one_recorded():
-    record = json.loads((CHECKPOINT_FOLDER / f"{NAME}.json").read_text())
+@pytest.mark.parametrize("name", list_checkpoints())
+def test_file_is_the_one_recorded(name):
+    record = json.loads((CHECKPOINT_FOLDER / f"{name}.json").read_text())
+    assert record["file"] == find_checkpoint(name).name
     digest = hashlib.sha256((CHECKPOINT_FOLDER / record["file"]).read_bytes()).hexdigest()
     assert digest == record["sha256"]
+    load_checkpoint(name)  # which checks the parts of one in parts

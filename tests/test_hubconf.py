@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, tiny_model
 
 import models
+from models import checkpoint
 from models.checkpoint import list_checkpoints, load_model
+from models.coding import fingerprint
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = "mambavc-light-0.0130"
@@ -79,6 +81,17 @@ def test_networks_of_a_program_that_has_ours_are_ours(name):
 def test_weights_are_chosen_by_name():
     assert CHECKPOINT in list_checkpoints()
     assert hub("mambavc_light", pretrained=CHECKPOINT).config == load_model(CHECKPOINT).config
+
+
+def test_weights_in_parts_are_loaded_as_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_FOLDER", tmp_path)
+    model = tiny_model()
+    state = {"model": "mambavc", "model_args": model.config, "state_dict": model.state_dict()}
+    checkpoint.save_weights(state, tmp_path / "mambavc.safetensors", max_part_bytes=900_000)
+    assert len([*tmp_path.glob("mambavc-*")]) > 1
+    for pretrained in (True, "mambavc"):
+        loaded = hub("mambavc", pretrained=pretrained)
+        assert fingerprint(loaded.state_dict()) == fingerprint(load_model("mambavc").state_dict())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Checkpoint files: what is saved is what is loaded, and nothing else is."""
 
+import hashlib
 import json
+import re
 import time
 
 import pytest
@@ -12,6 +14,8 @@ from models import Coder, build_model, checkpoint, load_model
 from models.coding import fingerprint
 from utils import UsageError
 
+PART_BYTES = 900_000  # a little more than the largest table of a tiny network has
+
 
 def state_of(model):
     state_dict = {key: value.clone() for key, value in model.state_dict().items()}
@@ -21,6 +25,13 @@ def state_of(model):
 @pytest.fixture(scope="module")
 def tiny():
     return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def other_state():
+    """Of a network like `tiny` with other weights."""
+    torch.manual_seed(1)
+    return state_of(tiny_model())
 
 
 @pytest.fixture
@@ -128,6 +139,238 @@ def test_arguments_that_leave_no_trace_are_kept(tiny):
     ):
         state = state_of(tiny_model(**sizes))
         assert checkpoint.build_from_checkpoint(state, "x").config == state["model_args"]
+
+
+# In parts
+
+
+def written_in_parts(state, folder, name="tiny"):
+    """Paths of the index and, in their order, of the parts."""
+    checkpoint.save_weights(state, folder / f"{name}.safetensors", max_part_bytes=PART_BYTES)
+    index = folder / f"{name}.safetensors.index.json"
+    return index, sorted(folder.glob(f"{name}-*.safetensors"))
+
+
+def test_weights_in_parts_are_those_of_the_whole(state, tmp_path):
+    state["step"] = 7
+    whole = tmp_path / "whole.safetensors"
+    changed = checkpoint.save_weights(state, whole)
+    index, parts = written_in_parts(state, tmp_path)
+    names = [path.name for path in parts]
+    assert names == [f"tiny-{i:05}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert max(path.stat().st_size for path in parts) <= PART_BYTES
+    content = json.loads(index.read_bytes())
+    assert content["metadata"]["sha256"] == {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in parts
+    }
+    stored = {key: name for name in names for key in load_file(tmp_path / name)}
+    assert content["weight_map"] == stored
+    expected = checkpoint.load_checkpoint(whole)
+    for name in (index, tmp_path / "tiny.safetensors"):
+        loaded = checkpoint.load_checkpoint(name)
+        weights, expected_weights = loaded.pop("state_dict"), dict(expected["state_dict"])
+        assert weights.keys() == expected_weights.keys()
+        assert all(torch.equal(weights[key], expected_weights[key]) for key in weights)
+        assert all(weights[key].dtype == expected_weights[key].dtype for key in weights)
+        assert loaded == {k: v for k, v in expected.items() if k != "state_dict"}
+    assert changed == checkpoint.save_weights(state, tmp_path / "x.safetensors", (), PART_BYTES)
+    coder, other = Coder(load_model(whole)), Coder(load_model(index))
+    x = torch.rand(1, 3, 64, 64)
+    data = coder.encode(x)
+    assert torch.equal(other.decode(data), coder.decode(data))
+
+
+def test_a_tensor_larger_than_a_part_is_a_part_by_itself(state, tmp_path):
+    checkpoint.save_weights(state, tmp_path / "x.safetensors", max_part_bytes=500_000)
+    large = [path for path in tmp_path.glob("x-*") if path.stat().st_size > 500_000]
+    assert [[*load_file(path)] for path in large] == [["gaussian_conditional._quantized_cdf"]]
+    load_model(tmp_path / "x.safetensors")
+
+
+def test_weights_written_anew_leave_nothing_of_the_old_ones(state, tmp_path):
+    path = tmp_path / "tiny.safetensors"
+    others = [tmp_path / "tiny-2.safetensors", tmp_path / "tiny-2-00001-of-00003.safetensors"]
+    for other in others:
+        other.touch()
+    checkpoint.save_weights(state, path)
+    index, parts = written_in_parts(state, tmp_path)
+    assert {*tmp_path.iterdir()} == {index, *parts, *others}
+    checkpoint.save_weights(state, path, max_part_bytes=1_800_000)
+    again = [tmp_path / f"tiny-{i:05}-of-00002.safetensors" for i in (1, 2)]
+    assert {*tmp_path.iterdir()} == {index, *again, *others}
+    checkpoint.save_weights(state, path)
+    assert {*tmp_path.iterdir()} == {path, *others}
+
+
+@torch.no_grad()
+def test_parts_that_cannot_all_be_written_leave_the_old_ones(state, tmp_path):
+    index, parts = written_in_parts(state, tmp_path)
+    expected = checkpoint.load_checkpoint(index)["state_dict"]
+    before = {path.name: path.read_bytes() for path in (index, *parts[:2])}
+    parts[2].unlink()
+    parts[2].mkdir()  # where a file is to be written: fails, as a full disk does
+    state["state_dict"]["g_a.0.weight"] += 1
+    with pytest.raises(OSError):
+        written_in_parts(state, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*before, parts[2].name}
+    assert all((tmp_path / name).read_bytes() == data for name, data in before.items())
+    parts[2].rmdir()
+    written_in_parts(state, tmp_path)
+    loaded = checkpoint.load_checkpoint(index)["state_dict"]
+    assert not torch.equal(loaded["g_a.0.weight"], expected["g_a.0.weight"])
+
+
+def cut(parts, other):
+    parts[1].write_bytes(parts[1].read_bytes()[:-1])
+
+
+def flipped(parts, other):
+    data = bytearray(parts[1].read_bytes())
+    data[-1] ^= 1
+    parts[1].write_bytes(data)
+
+
+def exchanged(parts, other):
+    first = parts[0].read_bytes()
+    parts[1].rename(parts[0])
+    parts[1].write_bytes(first)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda parts, other: parts[1].unlink(), "'tiny-00002-of-00003.safetensors' is missing"),
+        (cut, "'tiny-00002-of-00003.safetensors' is damaged, or of another checkpoint"),
+        (flipped, "'tiny-00002-of-00003.safetensors' is damaged"),
+        (lambda parts, other: parts[2].write_bytes(b""), "'tiny-00003-of-.*' is damaged"),
+        (
+            lambda parts, other: other[1].rename(parts[1]),
+            "'tiny-00002.*' is damaged, or of another",
+        ),
+        (exchanged, "'tiny-00001-of-.*' holds what belongs into 'tiny-00002-of-00003.safetensors'"),
+        (lambda parts, other: parts[1].rename(parts[0]), "'tiny-00001.*' holds .* 'tiny-00002-of"),
+    ],
+    ids=["missing", "cut", "one bit", "empty", "foreign", "exchanged", "in place of another"],
+)
+def test_parts_that_are_not_those_of_the_index_are_named(
+    state, other_state, tmp_path, change, message
+):
+    index, parts = written_in_parts(state, tmp_path)
+    (tmp_path / "other").mkdir()
+    _, other = written_in_parts(other_state, tmp_path / "other")
+    change(parts, other)
+    with pytest.raises(UsageError, match=f"^{re.escape(str(index))}: part {message}.*; ") as caught:
+        load_model(index)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_part_alone_is_refused_with_the_name_of_its_index(state, tmp_path):
+    index, parts = written_in_parts(state, tmp_path)
+    with pytest.raises(UsageError, match=rf"is one part of a checkpoint; give .*'{index.name}'"):
+        load_model(parts[1])
+
+
+def outside(content):
+    content["weight_map"]["g_a.0.weight"] = "../tiny-00001-of-00003.safetensors"
+
+
+def absolute(content):
+    content["weight_map"]["g_a.0.weight"] = "/dev/zero"
+
+
+def to_another_part(content):
+    content["weight_map"]["g_a.0.weight"] = "tiny-00003-of-00003.safetensors"
+
+
+def without_a_hash(content):
+    del content["metadata"]["sha256"]["tiny-00002-of-00003.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (outside, r"part '\.\./tiny-.*' is no \*\.safetensors beside the index"),
+        (absolute, "part '/dev/zero' is no"),
+        (lambda c: c["weight_map"].update(x="a\nb\0.safetensors"), "cannot load"),
+        (lambda c: c["weight_map"].update(x=3), "cannot load"),
+        (lambda c: c.update(weight_map=[]), "cannot load"),
+        (lambda c: c.pop("metadata"), "cannot load"),
+        (lambda c: c["metadata"].pop("model_args"), "cannot load"),
+        (lambda c: c["metadata"].update(model_args=3), "expected a dict"),
+        (lambda c: c["metadata"].update(step=[]), "cannot load"),
+        (without_a_hash, "cannot load"),
+        (lambda c: c["weight_map"].update(x="tiny-00001-of-00003.safetensors"), "the tensors that"),
+        (lambda c: c["weight_map"].pop("g_a.0.weight"), "part .* does not hold the tensors that"),
+        (to_another_part, "part .* does not hold the tensors that the index says"),
+    ],
+)
+def test_an_index_that_lies_is_refused(state, tmp_path, change, message):
+    index, _ = written_in_parts(state, tmp_path)
+    content = json.loads(index.read_bytes())
+    change(content)
+    index.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=message) as caught:
+        load_model(index)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "cannot load"),
+        (b"no JSON", "cannot load"),
+        (b"\xff\xfe", "cannot load"),
+        (b"[" * 10**6, "cannot load"),
+        (b" " * (2**24 + 1), "more than 16777216 bytes, which no index of weights needs"),
+    ],
+    ids=["empty", "text", "bytes", "deep", "huge"],
+)
+def test_what_is_no_index_is_refused(tmp_path, data, message):
+    path = tmp_path / "x.safetensors.index.json"
+    path.write_bytes(data)
+    with pytest.raises(UsageError, match=message) as caught:
+        load_model(path)
+    assert "\n" not in str(caught.value)
+
+
+# That come with the project
+
+
+@pytest.fixture
+def shipped(state, tmp_path, monkeypatch):
+    """A folder of checkpoints: one in parts, and one in a file of which there is a record."""
+    monkeypatch.setattr(checkpoint, "CHECKPOINT_FOLDER", tmp_path)
+    checkpoint.save_weights(state, tmp_path / "small-0.1.safetensors")
+    written_in_parts(state, tmp_path)
+    for name in ("small-0.1.safetensors", "tiny.safetensors.index.json"):
+        digest = hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()
+        record = tmp_path / name.replace(".index.json", "").replace(".safetensors", ".json")
+        record.write_text(json.dumps({"sha256": digest}))
+    return tmp_path
+
+
+def test_checkpoints_in_parts_have_a_name_as_others_have(shipped):
+    assert checkpoint.list_checkpoints() == ["small-0.1", "tiny"]
+    assert checkpoint.find_checkpoint("tiny") == shipped / "tiny.safetensors.index.json"
+    assert checkpoint.find_checkpoint("small-0.1") == shipped / "small-0.1.safetensors"
+    for name in ("tiny", "small-0.1"):
+        assert load_model(name).config["N"] == TINY["N"]
+
+
+@pytest.mark.parametrize("name", ["small-0.1.safetensors", "tiny.safetensors.index.json"])
+def test_a_file_that_is_not_the_recorded_one_is_refused(shipped, state, name):
+    with (shipped / name).open("ab") as file:
+        file.write(b" ")  # which an index may end with
+    record = checkpoint.checkpoint_name(shipped / name) + ".json"
+    message = f"{name} is damaged, or not the file that {record} beside it records; fetch"
+    with pytest.raises(UsageError, match=message):
+        load_model(shipped / name)
+    (shipped / record).write_text("{}")  # as of those who keep no hash
+    if name.endswith(".json"):
+        load_model(shipped / name)
+    else:
+        with pytest.raises(UsageError, match="cannot load"):
+            load_model(shipped / name)
 
 
 # What is refused

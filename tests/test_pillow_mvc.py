@@ -17,6 +17,7 @@ from test_utils import ADOBE, ADOBE_EXPONENT, icc_profile
 import pillow_mvc
 import utils
 from models import Coder, container, load_model
+from models.checkpoint import save_weights
 
 ROOT = Path(__file__).parent.parent
 STREAMS = ROOT / "tests" / "assets" / "streams"
@@ -121,6 +122,22 @@ def test_a_file_of_another_model_opens_once_its_checkpoint_is_in_use(
         image.load()
     pillow_mvc.use(save_checkpoint(other.model, tmp_path / "other.pth.tar"))
     assert image.tobytes() == decoded(other, data).tobytes()
+
+
+def test_a_checkpoint_in_parts_is_used_as_others(picture, tmp_path, in_use):
+    model = spread_model(seed=2)
+    state = {"model": "mambavc", "model_args": model.config, "state_dict": model.state_dict()}
+    save_weights(state, tmp_path / "parts.safetensors", max_part_bytes=900_000)
+    index = tmp_path / "parts.safetensors.index.json"
+    pillow_mvc.use(index)
+    file = io.BytesIO()
+    picture.save(file, format="MVC")
+    coder = Coder(load_model(index))
+    assert Image.open(file).tobytes() == decoded(coder, file.getvalue()).tobytes()
+    with pytest.raises(
+        ValueError, match=r"^parts\.safetensors\.index\.json is a network of a single"
+    ):
+        picture.save(file, format="MVC", quality=30)
 
 
 def test_a_checkpoint_that_does_not_exist_is_refused(in_use):

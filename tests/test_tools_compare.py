@@ -259,7 +259,7 @@ def test_a_network_of_every_rate_takes_a_quality(inputs, tmp_path):
     with pytest.raises(UsageError, match="give --quality"):
         compare.main(command)
     compare.main([*command, "--quality", "30"])
-    assert content(output)["title"] == "gained.pth, quality 30"
+    assert content(output)["title"] == "gained, quality 30"
     ours = content(output)["pictures"][0]["entries"]["bytes"][0]
     assert container.unpack((output / ours["file"]).read_bytes()).quality == 30
 

@@ -24,7 +24,7 @@ from PIL import Image, ImageChops
 
 import utils
 from models import container
-from models.checkpoint import check_rate, find_checkpoint
+from models.checkpoint import check_rate, checkpoint_name, find_checkpoint
 from models.memory import check_memory
 from tools import pillow_codecs
 from utils import DataError, UsageError, logger
@@ -307,7 +307,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     comparisons = write_all(Coder(model), files, args.output, codecs, args.quality)
     for name in ("page.css", "page.js"):
         (args.output / name).write_bytes((PAGE / name).read_bytes())
-    title = checkpoint.stem + ("" if args.quality is None else f", quality {args.quality:g}")
+    title = checkpoint_name(checkpoint) + (
+        "" if args.quality is None else f", quality {args.quality:g}"
+    )
     with utils.atomic_write(args.output / "index.html") as path:
         path.write_text(page(title, missing, comparisons), encoding="utf-8")
     print(f"wrote {args.output / 'index.html'}")

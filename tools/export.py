@@ -1,18 +1,67 @@
 """Turn a training checkpoint into a small file of weights to share."""
 
-import hashlib
+import argparse
+import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import utils
-from models.checkpoint import build_from_checkpoint, check_rate, load_checkpoint, save_weights
+from models.checkpoint import (
+    build_from_checkpoint,
+    check_rate,
+    find_checkpoint,
+    load_checkpoint,
+    save_weights,
+)
+from models.weights import MAX_PART_BYTES, sha256
+
+UNITS = {"": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def file_size(text: str) -> int:
+    """argparse type: bytes, of a number with or without a unit."""
+    match = re.fullmatch(r"(\d{1,15})(kB|MB|GB|)", text)
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"expected a size such as 50MB, got {text!r}")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def record_entry(text: str) -> tuple[str, str | int | float]:
+    """argparse type: KEY=VALUE, where plain decimals are numbers."""
+    key, sign, value = text.partition("=")
+    if not key or not sign:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text!r}")
+    if re.fullmatch(r"-?\d{1,15}", value):
+        return key, int(value)
+    return key, float(value) if re.fullmatch(r"-?\d{1,15}\.\d{1,15}", value) else value
+
+
+def training_of(checkpoint: dict) -> dict:
+    """What a run's checkpoint says of its training; nothing, of weights alone."""
+    if "history" not in checkpoint:
+        return {}
+    flags, batch = checkpoint["args"], checkpoint["global_batch"]
+    return {
+        **({} if flags["lmbda"] is None else {"lambda": flags["lmbda"]}),
+        "seed": flags["seed"],
+        "steps": checkpoint["step"],
+        "crops_per_step": batch,
+        "software": checkpoint["versions"],
+        "validation": checkpoint["history"],
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = utils.ArgumentParser(prog="python -m tools.export", description=__doc__)
     parser.add_argument("checkpoint", help="file that train.py saved")
-    parser.add_argument("output", type=Path, help="file to write, *.safetensors")
+    parser.add_argument(
+        "output",
+        type=Path,
+        help="file to write, *.safetensors; what is too large for one is written as parts beside "
+        "it and their index, *.safetensors.index.json, and goes by either name",
+    )
     parser.add_argument(
         "--quality",
         type=utils.quality,
@@ -26,16 +75,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="write the step, and the weights as they are trained in place of their running mean "
         "(--ema): from them `train.py --continue_train --checkpoint OUTPUT` goes on elsewhere",
     )
+    parser.add_argument(
+        "--max-part-size",
+        type=file_size,
+        default=MAX_PART_BYTES,
+        metavar="SIZE",
+        help="of a file, in bytes, kB, MB or GB (default: 50MB)",
+    )
+    parser.add_argument(
+        "--record",
+        nargs="*",
+        type=record_entry,
+        metavar="KEY=VALUE",
+        help="write also *.json with the SHA-256 and with what the checkpoint knows of its "
+        "training; entries such as minutes=25 and command=TEXT add what it does not know. Weights "
+        "in checkpoints/ are checked against theirs whenever they are loaded",
+    )
     args = parser.parse_args(argv)
     if args.output.suffix != ".safetensors":
         parser.error(f"the output must end in .safetensors, got {args.output}")
     utils.check_output(args.output)
+    record_path = args.output.with_suffix(".json")
+    if args.record is not None and record_path.exists():
+        raise utils.UsageError(f"{record_path} exists; rename it, or give another output")
     checkpoint = load_checkpoint(args.checkpoint)
     missing = {"model", "model_args", "state_dict"} - checkpoint.keys()
     if missing:
         raise utils.UsageError(
             f"{args.checkpoint} lacks {', '.join(sorted(missing))}; give a file that train.py saved"
         )
+    training = {} if args.record is None else training_of(checkpoint)
     step = checkpoint.pop("step", None)  # of a file without it, a training starts at 0
     if args.for_training:
         if step is None or "net" not in checkpoint or args.quality is not None:
@@ -52,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # At the precision of the gains: other weights of a shared file are rounded already.
         exact = model.scaled_layers
         lmbda = model.lmbda(args.quality)
+        training |= {"quality": args.quality, "lambda": round(float(lmbda), 6)}
         print(f"quality {args.quality:g} is lambda {lmbda:.4f}", file=sys.stderr)
         model = model.at_quality(args.quality)
         checkpoint = {
@@ -60,14 +130,21 @@ def main(argv: Sequence[str] | None = None) -> None:
             "state_dict": model.state_dict(),
         }
     is_for_coding = args.quality is None and not args.for_training
-    if save_weights(checkpoint, args.output, exact) and is_for_coding:
+    changed = save_weights(checkpoint, args.output, exact, args.max_part_size)
+    if changed and is_for_coding:
         print(
             "rounding to half precision changed the model's fingerprint: what was coded with "
             f"{args.checkpoint} decodes with that file only, not with {args.output}",
             file=sys.stderr,
         )
-    digest = hashlib.sha256(args.output.read_bytes()).hexdigest()
-    print(f"{digest}  {args.output.name}")
+    written = find_checkpoint(args.output)
+    digest = sha256(written)
+    if args.record is not None:
+        record = {"file": written.name, "sha256": digest, "model": checkpoint["model"]}
+        record |= {**training, **dict(args.record)}
+        with utils.atomic_write(record_path) as path:
+            path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    print(f"{digest}  {written.name}")
 
 
 if __name__ == "__main__":
