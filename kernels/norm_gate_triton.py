@@ -4,7 +4,7 @@ Bound by memory traffic: a row stays in the registers of one warp (of a few if i
 map is read once and each result written once. The backward kernel forms the statistics again.
 
 Prefixes: `i_` program or loop index, `o_` offsets, `m_` mask, `p_` pointer, `b_` block value. Sums
-over rows are kept per program and added by `torch.sum`, so that they do not depend on the order
+over rows are kept per program and added by `sum_parts`, so that they do not depend on the order
 in which programs run. No size below depends on the device.
 """
 
@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.sum_triton import sum_parts
 
 BLOCK = 512  # elements per warp
 PROGRAMS = 24576
@@ -76,7 +78,7 @@ def _norm_gate_grad_kernel(
     bias,  # (dim,)
     dy,  # (rows, dim), out
     dz,  # (rows, dim), out; None with z
-    partial,  # (2, programs, dim), out: gradients of weight and bias
+    partial,  # (programs, 2, dim), out: gradients of weight and bias
     rows,
     dim,
     EPS: tl.constexpr,
@@ -112,10 +114,9 @@ def _norm_gate_grad_kernel(
         b_slope = (tl.sum(b_dn * b_n, 1) / dim)[:, None]
         b_dy = b_rstd * (b_dn - b_mean - b_n * b_slope)
         tl.store(dy + o_tile + o_x, b_dy.to(dy.dtype.element_ty), mask=m_x)
-    p_out = partial + tl.program_id(0).to(tl.int64) * dim + o_c
+    p_out = partial + tl.program_id(0).to(tl.int64) * (2 * dim) + o_c
     tl.store(p_out, tl.sum(b_dw, 0), mask=m_c)
-    o_bias = tl.num_programs(0).to(tl.int64) * dim
-    tl.store(p_out + o_bias, tl.sum(b_dbias, 0), mask=m_c)
+    tl.store(p_out + dim, tl.sum(b_dbias, 0), mask=m_c)
 
 
 def _grid(y: Tensor):
@@ -154,11 +155,12 @@ def norm_gate_backward(
     rows, tiles, block = _grid(y)
     programs = min(triton.cdiv(tiles, GRAD_TILES), GRAD_PROGRAMS)
     sum_dtype = torch.promote_types(y.dtype, torch.float32)
-    partial = torch.empty(2, programs, dim, dtype=sum_dtype, device=y.device)
+    partial = torch.empty(1, programs, 2 * dim, dtype=sum_dtype, device=y.device)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     with torch.cuda.device_of(y):
         _norm_gate_grad_kernel[(programs,)](
             dout, y, z, weight, bias, dy, dz, partial, rows, dim,
             EPS=eps, **block,
         )  # fmt: skip
-    sums = partial[0].sum(0), partial[1].sum(0)
-    return dy, dz, sums[0].to(weight.dtype), sums[1].to(bias.dtype)
+    sum_parts(partial, dweight, dbias)
+    return dy, dz, dweight, dbias

@@ -79,7 +79,8 @@ class WindowAttention(nn.Module):
         """Map (batch, height, width, dim) to the same shape."""
         if kernels.fuses_window_attention(x, self.window_size):
             qkv = self.embedding_layer(x)
-            return self.linear(kernels.window_attention(qkv, self.position_bias(), self.shift))
+            position = self.relative_position_params
+            return self.linear(kernels.window_attention(qkv, position, self.shift))
         height, width = x.shape[1:3]
         p = self.window_size
         is_padded = height % p > 0 or width % p > 0
