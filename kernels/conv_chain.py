@@ -7,6 +7,8 @@ from torch import Tensor
 
 from kernels import backends
 
+FEW_PIXELS = 1 << 15  # on more a product is long enough for its library to pay
+
 
 def fuses_convolutions(x: Tensor) -> bool:
     """Whether `conv_chain` takes over from PyTorch's convolutions for a map of any layout.
@@ -17,12 +19,21 @@ def fuses_convolutions(x: Tensor) -> bool:
     return backends.half_precision(x) is not None and x.numel() > 0
 
 
+def fuses_products(x: Tensor) -> bool:
+    """Whether `conv_chain` also takes over linear layers and kernels of 1x1: on few pixels.
+
+    Args:
+        x: (batch, channels, height, width).
+    """
+    return fuses_convolutions(x) and x.numel() <= FEW_PIXELS * x.shape[1]
+
+
 def conv_chain(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     activations: Sequence[str | None],
-    residual: bool = False,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """Convolutions of stride 1 with zero padding that keeps the size, each with its activation.
 
@@ -35,7 +46,8 @@ def conv_chain(
         weights: (out, in, side, side), side 1 or 3.
         biases: (out,).
         activations: ``relu``, ``gelu`` or None.
-        residual: add x before the last activation.
+        residual: (batch, out, height, width), added before the last activation; quickest where it
+            lies channels last, or is x.
 
     Returns:
         (batch, out, height, width) in half precision, channels last.
@@ -45,26 +57,32 @@ def conv_chain(
     for weight, bias in zip(weights, biases, strict=True):
         weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
         parameters += [weight, bias.to(dtype)]
-    x = x.to(dtype).permute(0, 2, 3, 1).contiguous()
-    out = _ConvChain.apply(x, tuple(activations), residual, *parameters)
+    adds_x = residual is x
+    residual = None if adds_x or residual is None else _pixels(residual, dtype)
+    out = _ConvChain.apply(_pixels(x, dtype), residual, adds_x, tuple(activations), *parameters)
     return out.permute(0, 3, 1, 2)
 
 
+def _pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).permute(0, 2, 3, 1).contiguous()
+
+
 class _ConvChain(torch.autograd.Function):
-    """Of a contiguous map (batch, height, width, channels)."""
+    """Of contiguous maps (batch, height, width, channels)."""
 
     @staticmethod
-    def forward(ctx, x, activations, residual, *parameters):
+    def forward(ctx, x, residual, adds_x, activations, *parameters):
         from kernels.conv_chain_triton import conv_forward
 
         weights, biases = parameters[::2], parameters[1::2]
         maps, gates = [x], []
+        added = x if adds_x else residual
         for i, (weight, bias) in enumerate(zip(weights, biases, strict=True), 1):
-            added = x if residual and i == len(weights) else None
-            out, gate = conv_forward(maps[-1], weight, bias, activations[i - 1], added)
+            last = added if i == len(weights) else None
+            out, gate = conv_forward(maps[-1], weight, bias, activations[i - 1], last)
             maps.append(out)
             gates.append(gate)
-        ctx.activations, ctx.residual = activations, residual
+        ctx.adds_x, ctx.activations = adds_x, activations
         ctx.save_for_backward(*maps[:-1], *gates, *weights)
         return maps[-1]
 
@@ -87,8 +105,9 @@ class _ConvChain(torch.autograd.Function):
             )
         dx = None
         if ctx.needs_input_grad[0]:
-            added = dout if ctx.residual else None
+            added = dout if ctx.adds_x else None
             dx = conv_backward_map(douts[-1], weights[0], None, None, added)
         pairs = list(zip(reversed(douts), maps, strict=True))
         parameters = [g for pair in conv_backward_parameters(pairs, weights) for g in pair]
-        return dx, None, None, *parameters
+        dresidual = dout if ctx.needs_input_grad[1] else None
+        return dx, dresidual, None, None, *parameters

@@ -76,7 +76,8 @@ def _norm_gate_grad_kernel(
     z,  # (rows, dim), or None: no gate
     weight,  # (dim,)
     bias,  # (dim,)
-    dy,  # (rows, dim), out
+    other,  # (rows, dim), another gradient by y, or None
+    dy,  # (rows, dim), out: the sum of both
     dz,  # (rows, dim), out; None with z
     partial,  # (programs, 2, dim), out: gradients of weight and bias
     rows,
@@ -113,6 +114,8 @@ def _norm_gate_grad_kernel(
         b_mean = (tl.sum(b_dn, 1) / dim)[:, None]
         b_slope = (tl.sum(b_dn * b_n, 1) / dim)[:, None]
         b_dy = b_rstd * (b_dn - b_mean - b_n * b_slope)
+        if other is not None:
+            b_dy += tl.load(other + o_tile + o_x, mask=m_x, other=0.0).to(ACC)
         tl.store(dy + o_tile + o_x, b_dy.to(dy.dtype.element_ty), mask=m_x)
     p_out = partial + tl.program_id(0).to(tl.int64) * (2 * dim) + o_c
     tl.store(p_out, tl.sum(b_dw, 0), mask=m_c)
@@ -147,9 +150,15 @@ def norm_gate_forward(
 
 
 def norm_gate_backward(
-    dout: Tensor, y: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    dout: Tensor,
+    y: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Gradients of y, z, weight and bias; all inputs contiguous."""
+    """Gradients of y, to which another one may be added, z, weight and bias; inputs contiguous."""
     dim = y.shape[-1]
     dy, dz = torch.empty_like(y), None if z is None else torch.empty_like(z)
     rows, tiles, block = _grid(y)
@@ -159,7 +168,7 @@ def norm_gate_backward(
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     with torch.cuda.device_of(y):
         _norm_gate_grad_kernel[(programs,)](
-            dout, y, z, weight, bias, dy, dz, partial, rows, dim,
+            dout, y, z, weight, bias, other, dy, dz, partial, rows, dim,
             EPS=eps, **block,
         )  # fmt: skip
     sum_parts(partial, dweight, dbias)

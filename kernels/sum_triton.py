@@ -50,7 +50,7 @@ def _sum_kernel(
 
 
 def sum_parts(parts: Tensor, first: Tensor, second: Tensor | None = None) -> None:
-    """Write the sum of parts into one tensor, or the front of it into one and the rest into another.
+    """Write the sum of parts into one tensor, or its front into one and the rest into another.
 
     Args:
         parts: (groups, count, size), float32 or float64, each row of `size` contiguous; an expanded

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from stage_checks import DEVICE, check, needs_kernels, with_gradients
 
-from kernels import backends, conv_chain, fuses_convolutions
+from kernels import backends, conv_chain, fuses_convolutions, fuses_products
+from layers.conv_chain import at_each_pixel
 
 pytestmark = needs_kernels
 
@@ -47,10 +49,29 @@ def test_chain_is_pytorchs(case, monkeypatch):
 
     parameters = [p for pair in zip(weights, biases, strict=True) for p in pair]
     inputs = [value.requires_grad_() for value in (x, *parameters)]
-    out = conv_chain(x, weights, biases, activations, residual)
+    out = conv_chain(x, weights, biases, activations, x if residual else None)
     dout = torch.randn_like(out)
     results = out.detach(), *torch.autograd.grad(out, inputs, dout)
     check(results, with_gradients(reference, inputs, dout), inputs)
+
+
+def test_linear_layers_run_the_kernels(monkeypatch):
+    """With a residual that is not the chain's own map."""
+    layers = nn.Sequential(nn.Linear(20, 33), nn.GELU(), nn.Linear(33, 12)).to(DEVICE)
+    x, residual = (torch.randn(2, 3, 5, width, device=DEVICE) for width in (20, 12))
+    inputs = [value.requires_grad_() for value in (x, residual, *layers.parameters())]
+    dout = torch.randn(2, 3, 5, 12, device=DEVICE)
+    expected = layers(x) + residual
+    expected = expected.detach(), torch.autograd.grad(expected, inputs, dout)
+    monkeypatch.setattr(backends, "half_precision", lambda x: x.dtype)
+    out = at_each_pixel(layers, x, residual)
+    check((out.detach(), *torch.autograd.grad(out, inputs, dout)), expected, inputs)
+
+
+def test_many_pixels_are_left_to_libraries_where_one_product_is_asked_for():
+    x = torch.empty(1, 1, device=DEVICE, dtype=torch.bfloat16)
+    assert fuses_products(x.expand(1, 8, 128, 256))
+    assert not fuses_products(x.expand(1, 8, 129, 256))
 
 
 def test_only_half_precision_is_taken_over():
