@@ -18,7 +18,8 @@ from kernels.sum_triton import sum_parts
 BLOCK = 512  # elements per warp
 PROGRAMS = 24576
 GRAD_PROGRAMS = 1584  # one wave of 12 single-warp programs on each of 132 multiprocessors
-GRAD_TILES = 4  # fewest per program, so that the partial sums stay small
+GRAD_TILES = 4  # fewest per program, so that the partial sums stay small,
+FEW_PROGRAMS = 528  # where there are more programs than these
 
 
 @triton.jit
@@ -162,7 +163,8 @@ def norm_gate_backward(
     dim = y.shape[-1]
     dy, dz = torch.empty_like(y), None if z is None else torch.empty_like(z)
     rows, tiles, block = _grid(y)
-    programs = min(triton.cdiv(tiles, GRAD_TILES), GRAD_PROGRAMS)
+    programs = max(min(tiles, FEW_PROGRAMS), triton.cdiv(tiles, GRAD_TILES))
+    programs = min(programs, GRAD_PROGRAMS)
     sum_dtype = torch.promote_types(y.dtype, torch.float32)
     partial = torch.empty(1, programs, 2 * dim, dtype=sum_dtype, device=y.device)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
