@@ -1,6 +1,6 @@
 """Convolutions and linear layers one after the other, without a change of the map's size."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch.nn as nn
 from torch import Tensor
@@ -18,11 +18,7 @@ class ConvChain(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, channels, height, width) to other channels."""
-        return self.fused(x) if kernels.fuses_convolutions(x) else super().forward(x)
-
-    def fused(self, x: Tensor, last: str | None = None, residual: Tensor | None = None) -> Tensor:
-        """The same by kernels, with a residual and, if given, one more activation after it."""
-        return _fused(x, self, last, residual)
+        return fused(self, x) if kernels.fuses_convolutions(x) else super().forward(x)
 
 
 class Conv1x1(nn.Conv2d):
@@ -37,7 +33,7 @@ class Conv1x1(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, channels, height, width) to other channels."""
-        return _fused(x, [self]) if kernels.fuses_products(x) else super().forward(x)
+        return fused([self], x) if kernels.fuses_products(x) else super().forward(x)
 
 
 def at_each_pixel(layers: Iterable[nn.Module], x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -51,15 +47,26 @@ def at_each_pixel(layers: Iterable[nn.Module], x: Tensor, residual: Tensor | Non
     image = x.permute(0, 3, 1, 2)
     if kernels.fuses_products(image):
         residual = None if residual is None else residual.permute(0, 3, 1, 2)
-        return _fused(image, layers, residual=residual).permute(0, 2, 3, 1)
+        return fused(layers, image, residual).permute(0, 2, 3, 1)
     for layer in layers:
         x = layer(x)
     return x if residual is None else residual + x
 
 
-def _fused(
-    x: Tensor, layers: Iterable[nn.Module], last: str | None = None, residual: Tensor | None = None
+def fused(
+    layers: Iterable[nn.Module],
+    x: Tensor,
+    residual: Tensor | None = None,
+    skips: Mapping[int, int] | None = None,
 ) -> Tensor:
+    """`kernels.conv_chain` of layers, of which activations belong to what is before them.
+
+    Args:
+        layers: convolutions, or linear layers in place of kernels of 1x1; `torch.nn.ReLU` and
+            `torch.nn.GELU`.
+        x, residual: (batch, channels, height, width).
+        skips: see there.
+    """
     weights, biases, activations = [], [], []
     for layer in layers:
         if type(layer) in _NAMES:
@@ -69,5 +76,4 @@ def _fused(
         weights.append(layer.weight[:, :, None, None] if is_linear else layer.weight)
         biases.append(layer.bias)
         activations.append(None)
-    activations[-1] = last or activations[-1]
-    return kernels.conv_chain(x, weights, biases, activations, residual)
+    return kernels.conv_chain(x, weights, biases, activations, residual, skips)

@@ -9,7 +9,7 @@ from torch import Tensor
 import kernels
 
 from .compressai import conv1x1, conv3x3
-from .conv_chain import Conv1x1, ConvChain, at_each_pixel
+from .conv_chain import Conv1x1, at_each_pixel, fused
 from .drop_path import DropPath
 from .layer_norm import LayerNorm
 
@@ -154,19 +154,37 @@ class _ResidualUnit(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.conv = ConvChain(
+        self.conv = nn.Sequential(
             conv1x1(dim, dim // 2),
             nn.ReLU(inplace=True),
             conv3x3(dim // 2, dim // 2),
             nn.ReLU(inplace=True),
             conv1x1(dim // 2, dim),
         )
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, dim, height, width) to the same shape."""
-        if kernels.fuses_convolutions(x):
-            return self.conv.fused(x, last="relu", residual=x)
-        return F.relu_(self.conv(x) + x)
+        return self.relu(self.conv(x) + x)
+
+
+class _ResidualUnits(nn.Sequential):
+    """Residual units, and perhaps convolutions behind: one chain in half precision on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, dim, height, width) to the same shape."""
+        if not kernels.fuses_convolutions(x):
+            return super().forward(x)
+        layers, skips, count = [], {}, 0
+        for part in self:
+            if isinstance(part, _ResidualUnit):
+                layers += [*part.conv, part.relu]
+                skips[count + 2] = count  # its third convolution adds what its first one reads
+                count += 3
+            else:
+                layers.append(part)
+                count += 1
+        return fused(layers, x, skips=skips)
 
 
 class SwinAttentionBlock(nn.Module):
@@ -185,9 +203,9 @@ class SwinAttentionBlock(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, head_dim: int, window_size: int):
         super().__init__()
-        self.conv_a = nn.Sequential(*[_ResidualUnit(hidden_dim) for _ in range(3)])
-        self.conv_b = nn.Sequential(
-            *[_ResidualUnit(hidden_dim) for _ in range(3)], Conv1x1(hidden_dim, hidden_dim)
+        self.conv_a = _ResidualUnits(*[_ResidualUnit(hidden_dim) for _ in range(3)])
+        self.conv_b = _ResidualUnits(
+            *[_ResidualUnit(hidden_dim) for _ in range(3)], conv1x1(hidden_dim, hidden_dim)
         )
         self.in_conv = Conv1x1(dim, hidden_dim)
         self.non_local_block = nn.Sequential()

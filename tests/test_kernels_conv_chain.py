@@ -12,11 +12,13 @@ from layers.conv_chain import at_each_pixel
 pytestmark = needs_kernels
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, None: lambda x: x}
-CASES = {
-    "residual-unit": ((2, 24, 5, 7), [(12, 1), (12, 3), (24, 1)], ["relu"] * 3, True),
-    "slice-transform": ((1, 40, 8, 8), [(33, 3), (20, 3), (4, 3)], ["gelu", "gelu", None], False),
-    "one-pixel": ((1, 16, 1, 1), [(16, 3)], ["gelu"], True),
-    "pixels-in-shares": ((4, 8, 16, 16), [(16, 1), (8, 3)], ["relu", None], True),
+UNIT = [(12, 1), (12, 3), (24, 1)]
+CASES = {  # x, (width, side) of layers, activations, which layers add which maps
+    "residual-unit": ((2, 24, 5, 7), UNIT, ["relu"] * 3, {2: 0}),
+    "two-units": ((1, 24, 4, 4), [*UNIT, *UNIT, (8, 1)], ["relu"] * 6 + [None], {2: 0, 5: 3}),
+    "slice-transform": ((1, 40, 8, 8), [(33, 3), (20, 3), (4, 3)], ["gelu", "gelu", None], {}),
+    "one-pixel": ((1, 16, 1, 1), [(16, 3)], ["gelu"], {0: 0}),
+    "pixels-in-shares": ((4, 8, 16, 16), [(16, 1), (8, 3)], ["relu", None], {1: 0}),
 }
 
 
@@ -29,7 +31,7 @@ def kernels_run(monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_chain_is_pytorchs(case, monkeypatch):
     """In float32: rounded to half precision, some values would pass a ReLU on one side only."""
-    shape, layers, activations, residual = CASES[case]
+    shape, layers, activations, skips = CASES[case]
     dtype = torch.float32
     monkeypatch.setattr(backends, "half_precision", lambda x: dtype)
     x = torch.randn(shape, device=DEVICE).to(dtype)
@@ -40,16 +42,16 @@ def test_chain_is_pytorchs(case, monkeypatch):
         width = out
 
     def reference(x, *parameters):
-        y = x
+        maps = [x]
         for i, name in enumerate(activations):
             weight, bias = parameters[2 * i : 2 * i + 2]
-            y = F.conv2d(y, weight, bias, padding=weight.shape[-1] // 2)
-            y = ACTIVATIONS[name](y + x if residual and i == len(activations) - 1 else y)
-        return y
+            y = F.conv2d(maps[-1], weight, bias, padding=weight.shape[-1] // 2)
+            maps.append(ACTIVATIONS[name](y + maps[skips[i]] if i in skips else y))
+        return maps[-1]
 
     parameters = [p for pair in zip(weights, biases, strict=True) for p in pair]
     inputs = [value.requires_grad_() for value in (x, *parameters)]
-    out = conv_chain(x, weights, biases, activations, x if residual else None)
+    out = conv_chain(x, weights, biases, activations, skips=skips)
     dout = torch.randn_like(out)
     results = out.detach(), *torch.autograd.grad(out, inputs, dout)
     check(results, with_gradients(reference, inputs, dout), inputs)
