@@ -4,7 +4,7 @@ from kernels.backends import available_backends, use_backend
 from kernels.conv_chain import conv_chain, fuses_convolutions, fuses_products
 from kernels.conv_silu import depthwise_conv_silu
 from kernels.norm_gate import fork_layer_norm, layer_norm, norm_gate
-from kernels.project import project
+from kernels.project import project, project_halves
 from kernels.scan import selective_scan_2d
 from kernels.window_attention import fuses_window_attention, window_attention
 
@@ -19,6 +19,7 @@ __all__ = [
     "layer_norm",
     "norm_gate",
     "project",
+    "project_halves",
     "selective_scan_2d",
     "use_backend",
     "window_attention",
