@@ -29,7 +29,7 @@ from tqdm import tqdm
 import utils
 from models import container, search
 from models.checkpoint import check_rate, find_checkpoint
-from models.memory import check_memory
+from models.memory import check_memory, keep_freed_memory
 from utils import DataError, UsageError, data_errors, number, positive_int
 
 if TYPE_CHECKING:
@@ -396,6 +396,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         """
         from models import Coder, load_model
 
+        keep_freed_memory()
         device = utils.select_device(args.cuda)
         exact = args.command == "decode" or not args.fast_entropy
         model = load_model(checkpoint, device)

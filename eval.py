@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint on a folder of pictures, by default with real bitstreams."""
+"""Evaluate checkpoints on folders of pictures, by default with real bitstreams."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from tqdm import tqdm
 import utils
 from models import container
 from models.checkpoint import check_rate, find_checkpoint
-from models.memory import check_memory
+from models.memory import check_memory, keep_freed_memory
 from utils import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -36,10 +37,18 @@ TIMES = {"encoding_time": "encode s", "decoding_time": "decode s", "forward_time
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = utils.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--checkpoint", required=True, help="file that train.py saved, or the name of a shipped one"
+        "--checkpoint",
+        nargs="+",
+        required=True,
+        help="file that train.py saved, or the name of a shipped one; several, such as one for "
+        "each rate, make one curve",
     )
     parser.add_argument(
-        "--data", type=Path, required=True, help="folder of pictures, or one that has them in test/"
+        "--data",
+        nargs="+",
+        type=Path,
+        required=True,
+        help="folder of pictures, or one that has them in test/",
     )
     parser.add_argument(
         "--qualities",
@@ -63,13 +72,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="code pictures of a size seen before from CUDA graphs: the GPU need not wait for its "
         "host; needs --cuda",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write results to this file")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="write results to this file; of several folders, to files of their names in this "
+        "folder",
+    )
     parser.add_argument(
         "--save-images", type=Path, metavar="DIR", help="write reconstructions to this folder"
     )
     args = parser.parse_args(argv)
     if args.cuda_graph and (not args.cuda or args.estimate):
         parser.error("--cuda-graph needs --cuda and replays coding, of which --estimate does none")
+    if args.save_images and len(args.checkpoint) * len(args.data) > 1:
+        parser.error("--save-images writes the pictures of one checkpoint and one folder")
     if args.qualities:
         args.qualities = sorted({container.coded_quality(quality) for quality in args.qualities})
         if args.save_images and len(args.qualities) > 1:
@@ -279,53 +296,110 @@ def without_infinity(row: dict) -> dict:
     return {key: None if value == math.inf else value for key, value in row.items()}
 
 
+@dataclass
+class Run:
+    """What a checkpoint achieves on a folder.
+
+    Attributes:
+        points: of a curve, one for each quality: rows of the pictures (see `evaluate_image`).
+        skipped: names of files that could not be read.
+    """
+
+    checkpoint: str
+    points: list[list[dict]]
+    skipped: list[str]
+
+    @property
+    def means(self) -> list[dict[str, float]]:
+        return [summarise(rows) for rows in self.points]
+
+
+def as_curve(runs: Sequence[Run], folder: Path, how: str) -> dict:
+    """The runs of several checkpoints on a folder as one curve, in CompressAI's format."""
+    means = [without_infinity(mean) for run in runs for mean in run.means]
+    qualities = [rows[0]["quality"] for run in runs for rows in run.points if "quality" in rows[0]]
+    names = [run.checkpoint for run in runs]
+    images = []
+    for run in runs:
+        of_several = {"checkpoint": run.checkpoint} if len(runs) > 1 else {}
+        # Of each picture all qualities, as they were measured.
+        rows = itertools.chain.from_iterable(zip(*run.points, strict=True))
+        images += [of_several | without_infinity(row) for row in rows]
+    return {
+        "name": Path(names[0]).name,
+        "description": f"{', '.join(names)} on {folder}, {len(runs[0].points[0])} pictures, {how}",
+        "results": ({"quality": qualities} if qualities else {})
+        | {key: [mean.get(key) for mean in means] for key in means[0]},
+        "images": images,
+        "skipped": runs[0].skipped,
+    }
+
+
+def list_data(folders: Sequence[Path], file: Path | None) -> dict[Path, tuple[list[Path], Path]]:
+    """The pictures of each folder, and where its curve is written: to `file`, or into it.
+
+    Raises:
+        UsageError: there are none, or files cannot be written there.
+    """
+    found = {}
+    for data in folders:
+        folder = data / "test" if (data / "test").is_dir() else data
+        files, target = utils.list_images(folder), file
+        if file is not None and len(folders) > 1:
+            utils.make_folder(file)
+            target = file / f"{data.resolve().name}.json"
+        if target is not None:
+            if target in [other for _, other in found.values()]:
+                raise UsageError(f"two folders of --data would be written to {target}; rename one")
+            utils.check_output(target)
+        found[folder] = files, target
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     utils.setup_logging()
-    folder = args.data / "test" if (args.data / "test").is_dir() else args.data
-    files = utils.list_images(folder)
-    if args.json:
-        utils.check_output(args.json)
+    data = list_data(args.data, args.json)
     if args.save_images:
+        ((files, _),) = data.values()
         check_reconstructions(files, args.save_images)
-    checkpoint = find_checkpoint(args.checkpoint)
+    checkpoints = {name: find_checkpoint(name) for name in args.checkpoint}
 
     # Until here nothing needed PyTorch, which takes seconds to import.
     import torch
 
     from models import Coder, load_model
 
+    keep_freed_memory()
     device = utils.select_device(args.cuda)
-    model = load_model(checkpoint, device)
-    coder = Coder(model, exact=not args.fast_entropy, graphs=args.cuda_graph)
-    check_rate(model, args.qualities is not None, args.checkpoint, "--qualities")
-    rows, skipped = evaluate(coder, files, device, args)
-    # One point of the curve for each quality; a network of a single rate has one.
-    points = [
-        [row for row in rows if row.get("quality") == quality]
-        for quality in args.qualities or [None]
-    ]
-    means = [summarise(point) for point in points]
-    if args.json:  # before anything is printed: whoever reads that may leave
-        finite = [without_infinity(mean) for mean in means]
-        curve = {"quality": args.qualities} if args.qualities else {}
-        results = {
-            "name": Path(args.checkpoint).name,
-            "description": f"{args.checkpoint} on {folder}, {len(points[0])} pictures, "
-            + ("estimated rates" if args.estimate else "real bitstreams")
-            + f", {torch.cuda.get_device_name(device) if args.cuda else 'CPU'}",
-            "results": curve | {key: [mean[key] for mean in finite] for key in finite[0]},
-            "images": [without_infinity(row) for row in rows],
-            "skipped": skipped,
-        }
-        with utils.atomic_write(args.json) as path:
-            path.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n")
-    for point, mean in zip(points, means, strict=True):
-        if args.qualities:
-            quality = point[0]["quality"]
-            print(f"quality {quality:g}, lambda {model.lmbda(quality):.4f}")
-        print_table(point, mean)
-    print_warnings(points, means, skipped)
+    how = "estimated rates" if args.estimate else "real bitstreams"
+    how += f", {torch.cuda.get_device_name(device) if args.cuda else 'CPU'}"
+    runs: dict[Path, list[Run]] = {folder: [] for folder in data}
+    for name, checkpoint in checkpoints.items():
+        model = load_model(checkpoint, device)
+        coder = Coder(model, exact=not args.fast_entropy, graphs=args.cuda_graph)
+        check_rate(model, args.qualities is not None, name, "--qualities")
+        for folder, (files, target) in data.items():
+            rows, skipped = evaluate(coder, files, device, args)
+            # One point of the curve for each quality; a network of a single rate has one.
+            points = [
+                [row for row in rows if row.get("quality") == quality]
+                for quality in args.qualities or [None]
+            ]
+            run = Run(name, points, skipped)
+            runs[folder].append(run)
+            if target:  # before anything is printed: whoever reads that may leave
+                curve = as_curve(runs[folder], folder, how)
+                with utils.atomic_write(target) as path:
+                    path.write_text(json.dumps(curve, indent=2, allow_nan=False) + "\n")
+            if len(checkpoints) * len(data) > 1:
+                print(f"{name} on {folder}")
+            for point, mean in zip(points, run.means, strict=True):
+                if args.qualities:
+                    quality = point[0]["quality"]
+                    print(f"quality {quality:g}, lambda {model.lmbda(quality):.4f}")
+                print_table(point, mean)
+            print_warnings(points, run.means, skipped)
 
 
 if __name__ == "__main__":

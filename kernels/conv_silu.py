@@ -41,10 +41,26 @@ def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def _formula(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):  # it would lower the precision
-        image = x.to(dtype).permute(0, 3, 1, 2)
-        pre = F.conv2d(image, weight.to(dtype), bias.to(dtype), padding=1, groups=x.shape[3])
+        weight, bias = weight.to(dtype), bias.to(dtype)
+        if x.dtype == torch.float64 and x.device.type == "cpu":
+            pre = _convolve_by_taps(x, weight, bias)
+        else:
+            image = x.to(dtype).permute(0, 3, 1, 2)
+            pre = F.conv2d(image, weight, bias, padding=1, groups=x.shape[3]).permute(0, 2, 3, 1)
         y = F.silu(pre, inplace=not pre.requires_grad)
-    return y.permute(0, 2, 3, 1).to(x.dtype).contiguous()
+    return y.to(x.dtype).contiguous()
+
+
+def _convolve_by_taps(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The convolution where oneDNN has none: PyTorch would take one channel after another."""
+    height, width = x.shape[1:3]
+    padded = F.pad(x, (0, 0, 1, 1, 1, 1))
+    pre = bias.expand_as(x)
+    for i in range(3):
+        for j in range(3):
+            tap = padded[:, i : i + height, j : j + width]
+            pre = torch.addcmul(pre, tap, weight[:, 0, i, j])
+    return pre
 
 
 # The operators run Triton kernels on whatever device the tensors are: on a GPU, or, for tests, on

@@ -7,6 +7,8 @@ from torch import Tensor
 from kernels import backends
 from kernels.operators import make_differentiable
 
+PART = 1 << 19  # numbers of a map that a CPU takes at once, so that they stay in its caches
+
 
 def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """LayerNorm of y over its last axis, times SiLU(z).
@@ -93,13 +95,23 @@ class _Fork(torch.autograd.Function):
 
 
 def _formula(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    tensors = (y, z, weight, bias)
+    wants_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if wants_gradients or y.device.type != "cpu" or torch.compiler.is_compiling():
+        return _norm_times_gate(*tensors, eps).contiguous()
+    out = torch.empty_like(y, memory_format=torch.contiguous_format)
+    rows = max(PART // y.shape[-1], 1)
+    maps = (t.flatten(0, -2).split(rows) for t in (out, y, z))
+    for part, y_part, z_part in zip(*maps, strict=True):
+        part.copy_(_norm_times_gate(y_part, z_part, weight, bias, eps))
+    return out
+
+
+def _norm_times_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     dtype = torch.promote_types(y.dtype, torch.float32)
     with torch.autocast(y.device.type, enabled=False):  # it would change the precision
         norm = F.layer_norm(y.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps)
-        gate = F.silu(z.to(dtype))
-        needs_both = norm.requires_grad or gate.requires_grad
-        out = norm * gate if needs_both else gate.mul_(norm)  # in place, because maps are large
-    return out.to(y.dtype).contiguous()
+        return (norm * F.silu(z.to(dtype))).to(y.dtype)
 
 
 # The operators run Triton kernels on whatever device the tensors are: on a GPU, or, for tests, on

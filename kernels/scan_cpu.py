@@ -9,10 +9,13 @@ job computes nor the order of any sum, so results do not depend on the number of
 
 Letters are those of the README of this folder. In addition `u` is delta * x, `a` is exp(delta A),
 and pixels are numbered row-major in arrays (batch, length, ...).
+
+Where A is fixed at -(1..states), `a` of a state is that of the state before times `decay`, which is
+exp(-delta); `power` keeps the last of these products from one group of states to the next. The
+argument `fixed_A` is then True, else None: Numba compiles each case without the other's branches.
 """
 
 import math
-from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -35,8 +38,9 @@ from kernels.scan_cpu_vectors import (
 )
 from kernels.scan_reference import ScanInputs
 
-FORWARD_CHANNELS = 64  # of one job, at most; the last block of a dim that is no multiple is padded
-BACKWARD_CHANNELS = 128
+# Of one job; the last block of a dim that is no multiple is padded. A forward job has fewer where
+# threads would have none, but not always, because each job reads all of x_dbl.
+CHANNELS, FEWEST_CHANNELS = 128, 32
 STEPS = 16  # of one chunk
 UNROLL = 4  # states, ranks or steps handled together; states and ranks are padded to a multiple
 SMALL = 1 << 18  # state updates below which waking other threads costs more than it saves
@@ -132,8 +136,27 @@ def _project(W, bias, r, z):
             store(z, (t + 3, c), z3 + b)
 
 
+@jit_inline
+def _a(fixed_A, A, d, before, decay):
+    """exp(delta A) of one state: from that of the state before where A is fixed."""
+    if fixed_A is None:
+        return exp2(A * d)
+    return before * decay
+
+
 @jit
-def _scan_chunk(steps, A, delta, u, B, C, h, y):
+def _begin_powers(steps, fixed_A, delta, decay, power):
+    """Where A is fixed, set decay and power, all (STEPS, channels), for the first state."""
+    if fixed_A is not None:
+        minus_log2e = delta.dtype.type(-LOG2E)
+        for t in range(steps):
+            for c in range(0, delta.shape[1], num_lanes(delta)):
+                store(decay, (t, c), exp2(load(delta, (t, c)) * minus_log2e))
+        power[:] = 1
+
+
+@jit
+def _scan_chunk(steps, fixed_A, A, delta, decay, power, u, B, C, h, y):
     """Advance the states h (states, channels) over a chunk and add C . h to y (STEPS, channels)."""
     for n in range(0, A.shape[0], 4):
         for c in range(0, h.shape[1], num_lanes(h)):
@@ -142,11 +165,17 @@ def _scan_chunk(steps, A, delta, u, B, C, h, y):
             h0, h1 = load(h, (n, c)), load(h, (n + 1, c))
             h2, h3 = load(h, (n + 2, c)), load(h, (n + 3, c))
             for t in range(steps):
-                d, v = load(delta, (t, c)), load(u, (t, c))
-                h0 = exp2(A0 * d) * h0 + v * B[t, n]
-                h1 = exp2(A1 * d) * h1 + v * B[t, n + 1]
-                h2 = exp2(A2 * d) * h2 + v * B[t, n + 2]
-                h3 = exp2(A3 * d) * h3 + v * B[t, n + 3]
+                d, v, r = load(delta, (t, c)), load(u, (t, c)), load(decay, (t, c))
+                a0 = _a(fixed_A, A0, d, load(power, (t, c)), r)
+                a1 = _a(fixed_A, A1, d, a0, r)
+                a2 = _a(fixed_A, A2, d, a1, r)
+                a3 = _a(fixed_A, A3, d, a2, r)
+                if fixed_A is not None:
+                    store(power, (t, c), a3)
+                h0 = a0 * h0 + v * B[t, n]
+                h1 = a1 * h1 + v * B[t, n + 1]
+                h2 = a2 * h2 + v * B[t, n + 2]
+                h3 = a3 * h3 + v * B[t, n + 3]
                 y_t = load(y, (t, c)) + h0 * C[t, n] + h1 * C[t, n + 1]
                 store(y, (t, c), y_t + h2 * C[t, n + 2] + h3 * C[t, n + 3])
             store(h, (n, c), h0)
@@ -156,28 +185,35 @@ def _scan_chunk(steps, A, delta, u, B, C, h, y):
 
 
 @jit
-def _advance_chunk(steps, A, delta, u, B, h, h_next):
+def _advance_chunk(steps, fixed_A, A, delta, decay, power, u, B, h, h_next):
     """h_next (states, channels): the states h advanced over a chunk."""
     for n in range(0, A.shape[0], 2):
         for c in range(0, h.shape[1], num_lanes(h)):
             A0, A1 = load(A, (n, c)), load(A, (n + 1, c))
             h0, h1 = load(h, (n, c)), load(h, (n + 1, c))
             for t in range(steps):
-                d, v = load(delta, (t, c)), load(u, (t, c))
-                h0 = exp2(A0 * d) * h0 + v * B[t, n]
-                h1 = exp2(A1 * d) * h1 + v * B[t, n + 1]
+                d, v, r = load(delta, (t, c)), load(u, (t, c)), load(decay, (t, c))
+                a0 = _a(fixed_A, A0, d, load(power, (t, c)), r)
+                a1 = _a(fixed_A, A1, d, a0, r)
+                if fixed_A is not None:
+                    store(power, (t, c), a1)
+                h0 = a0 * h0 + v * B[t, n]
+                h1 = a1 * h1 + v * B[t, n + 1]
             store(h_next, (n, c), h0)
             store(h_next, (n + 1, c), h1)
 
 
 @jit
-def _sweep_chunk(steps, A, delta, u, B, C, dy, h, g, du, ddelta, dA, dB, dC, work):
+def _sweep_chunk(
+    steps, fixed_A, A, delta, decay, power, u, B, C, dy, h, g, du, ddelta, dA, dB, dC, work
+):
     """Walk backwards over a chunk that began with the states h (states, channels).
 
     g (states, channels) is a_{t+1} dL/dh_{t+1} on entry, of the step after the chunk, and becomes
     a_t dL/dh_t of its first step. du and ddelta (STEPS, channels) and dA (states, channels) are
-    added to; ddelta lacks a factor ln(2), because A has one of log2(e). dB and dC (STEPS, states)
-    are set. work (4, 2 STEPS, lanes) keeps a, h and the terms of dB and dC of two states.
+    added to, but dA only where A is not fixed; ddelta lacks a factor ln(2), because A has one of
+    log2(e). dB and dC (STEPS, states) are set. work (4, 2 STEPS, lanes) keeps a, h and the terms of
+    dB and dC of two states.
     """
     a_s, h_s, dB_s, dC_s = work[0], work[1], work[2], work[3]
     for n in range(0, A.shape[0], 2):
@@ -185,8 +221,11 @@ def _sweep_chunk(steps, A, delta, u, B, C, dy, h, g, du, ddelta, dA, dB, dC, wor
             A0, A1 = load(A, (n, c)), load(A, (n + 1, c))
             h0, h1 = load(h, (n, c)), load(h, (n + 1, c))
             for t in range(steps):
-                d, v = load(delta, (t, c)), load(u, (t, c))
-                a0, a1 = exp2(A0 * d), exp2(A1 * d)
+                d, v, r = load(delta, (t, c)), load(u, (t, c)), load(decay, (t, c))
+                a0 = _a(fixed_A, A0, d, load(power, (t, c)), r)
+                a1 = _a(fixed_A, A1, d, a0, r)
+                if fixed_A is not None:
+                    store(power, (t, c), a1)
                 store(a_s, (2 * t, 0), a0)
                 store(a_s, (2 * t + 1, 0), a1)
                 store(h_s, (2 * t, 0), h0)
@@ -207,8 +246,9 @@ def _sweep_chunk(steps, A, delta, u, B, C, dy, h, g, du, ddelta, dA, dB, dC, wor
                 h0, h1 = load(h_s, (2 * t, 0)), load(h_s, (2 * t + 1, 0))
                 e0, e1 = g0 * h0, g1 * h1
                 store(ddelta, (t, c), load(ddelta, (t, c)) + e0 * A0 + e1 * A1)
-                dA0 += e0 * d
-                dA1 += e1 * d
+                if fixed_A is None:
+                    dA0 += e0 * d
+                    dA1 += e1 * d
                 if c > 0:
                     dB0 += load(dB_s, (2 * t, 0))
                     dB1 += load(dB_s, (2 * t + 1, 0))
@@ -266,7 +306,7 @@ def _sweep_projection(steps, W, r, dz, dr, dW, dbias):
 
 
 @jit
-def _forward_block(image, block, height, width, dstate, rank, x, x_dbl, W, bias, A, D, y):
+def _forward_block(image, block, fixed_A, height, width, dstate, rank, x, x_dbl, W, bias, A, D, y):
     """Scan one block of channels of one image in all four directions, adding into y.
 
     x, y (batch, length, dim); x_dbl (batch, length, 4 (rank + 2 dstate)); W (4, blocks, ranks,
@@ -283,6 +323,7 @@ def _forward_block(image, block, height, width, dstate, rank, x, x_dbl, W, bias,
     B, C = np.zeros((STEPS, states), x.dtype), np.zeros((STEPS, states), x.dtype)
     xs, ys = np.zeros((STEPS, channels), x.dtype), np.empty((STEPS, channels), x.dtype)
     delta, u = np.empty((STEPS, channels), x.dtype), np.empty((STEPS, channels), x.dtype)
+    decay, power = np.empty((STEPS, channels), x.dtype), np.empty((STEPS, channels), x.dtype)
     h = np.empty((states, channels), x.dtype)
     for k in range(4):
         h[:] = 0
@@ -299,8 +340,9 @@ def _forward_block(image, block, height, width, dstate, rank, x, x_dbl, W, bias,
                     store(delta, (t, c), d)
                     store(u, (t, c), d * x_t)
                     store(ys, (t, c), x_t * load(D, (k, block, c)))
+            _begin_powers(steps, fixed_A, delta, decay, power)
             _prefetch_chunk(k, start + STEPS, height, width, first, size, x_dbl, (x, y))
-            _scan_chunk(steps, A[k, block], delta, u, B, C, h, ys)
+            _scan_chunk(steps, fixed_A, A[k, block], delta, decay, power, u, B, C, h, ys)
             for t in range(steps):
                 if k == 0:
                     _copy(ys, (t, 0), y, (pixels[t], first), size)
@@ -310,7 +352,7 @@ def _forward_block(image, block, height, width, dstate, rank, x, x_dbl, W, bias,
 
 @jit
 def _backward_block(
-    image, k, block, height, width, dstate, rank, dy, x, x_dbl, W, bias, A, D,
+    image, k, block, fixed_A, height, width, dstate, rank, dy, x, x_dbl, W, bias, A, D,
     dx, dx_dbl, dW, dbias, dA, dD,
 ):  # fmt: skip
     """Gradients of one direction of one block of channels of one image.
@@ -337,6 +379,7 @@ def _backward_block(
     u, du = np.empty((STEPS, channels), x.dtype), np.empty((STEPS, channels), x.dtype)
     ddelta = np.empty((STEPS, channels), x.dtype)
     work = np.empty((4, 2 * STEPS, num_lanes(x)), x.dtype)
+    decay, power = np.empty((STEPS, channels), x.dtype), np.empty((STEPS, channels), x.dtype)
     g = np.zeros((states, channels), x.dtype)
     # Sums over all pixels are formed in two levels, which keeps their rounding errors small.
     chunk_dA, chunk_dW = np.empty((states, channels), x.dtype), np.empty((ranks, channels), x.dtype)
@@ -362,9 +405,12 @@ def _backward_block(
                 store(delta, (t, c), d)
                 store(slope, (t, c), s)
                 store(u, (t, c), d * load(xs, (t, c)))
+        _begin_powers(steps, fixed_A, delta, decay, power)
         if forward:
             _prefetch_chunk(k, (chunk + 1) * STEPS, height, width, first, size, x_dbl, (x,))
-            _advance_chunk(steps, A, delta, u, B, starts[chunk], starts[chunk + 1])
+            _advance_chunk(
+                steps, fixed_A, A, delta, decay, power, u, B, starts[chunk], starts[chunk + 1]
+            )
             continue
 
         _prefetch_chunk(k, (chunk - 1) * STEPS, height, width, first, size, x_dbl, (x, dy, dx))
@@ -372,8 +418,9 @@ def _backward_block(
             _copy(dy, (pixels[t], first), dys, (t, 0), size)
         du[:], ddelta[:], chunk_dA[:], chunk_dW[:], chunk_dbias[:], chunk_dD[:] = 0, 0, 0, 0, 0, 0
         _sweep_chunk(
-            steps, A, delta, u, B, C, dys, starts[chunk], g, du, ddelta, chunk_dA, dB, dC, work
-        )
+            steps, fixed_A, A, delta, decay, power, u, B, C, dys, starts[chunk], g, du, ddelta,
+            chunk_dA, dB, dC, work,
+        )  # fmt: skip
         for t in range(steps):
             for c in range(0, channels, num_lanes(x)):
                 dy_t, x_t, du_t = load(dys, (t, c)), load(xs, (t, c)), load(du, (t, c))
@@ -394,8 +441,8 @@ def _backward_block(
             _add(dC, (t, 0), dx_dbl, (p, row + rank + dstate), dstate)
 
 
-def _run(function: Callable, jobs: Sequence[tuple[int, ...]], args: tuple, updates: int) -> None:
-    threads.run(function, jobs, args, torch.get_num_threads() if updates > SMALL else 1)
+def _num_threads(updates: int) -> int:
+    return torch.get_num_threads() if updates > SMALL else 1
 
 
 def _split(parameter: Tensor, dtype: torch.dtype, channels: int) -> Tensor:
@@ -419,7 +466,6 @@ class _Problem:
         self.rank, self.dstate, self.dtype = inputs.dt_rank, inputs.dstate, inputs.dtype
         channels = min(channels, -(-self.dim // 16) * 16)  # whole vectors of any type
         self.blocks = -(-self.dim // channels)
-        self.updates = 4 * x.numel() * self.dstate
         self.A = -A_logs.to(self.dtype).exp().view(4, self.dim, self.dstate)
         self.sizes = (self.height, self.width, self.dstate, self.rank)
         self.inputs = (
@@ -441,11 +487,16 @@ def scan_2d_forward(inputs: ScanInputs, fixed_A: bool = False) -> Tensor:
     Args:
         fixed_A: see `kernels.selective_scan_2d`.
     """
-    problem = _Problem(inputs, FORWARD_CHANNELS)
+    batch, dim = len(inputs.x), inputs.x.shape[3]
+    num_threads = _num_threads(4 * inputs.x.numel() * inputs.dstate)
+    channels = CHANNELS
+    while channels > FEWEST_CHANNELS and batch * -(-dim // channels) < num_threads:
+        channels //= 2
+    problem = _Problem(inputs, channels)
     y = torch.empty(inputs.x.shape, dtype=problem.dtype)
-    jobs = [(i, j) for i in range(problem.batch) for j in range(problem.blocks)]
-    args = (*problem.sizes, *problem.inputs, problem.image(y))
-    _run(_forward_block, jobs, args, problem.updates)
+    jobs = [(i, j) for i in range(batch) for j in range(problem.blocks)]
+    args = (fixed_A or None, *problem.sizes, *problem.inputs, problem.image(y))
+    threads.run(_forward_block, jobs, args, num_threads)
     return y.to(inputs.x.dtype)
 
 
@@ -455,7 +506,7 @@ def scan_2d_backward(dy: Tensor, inputs: ScanInputs, fixed_A: bool = False) -> S
     Each running job holds the states at the start of every chunk: dstate / STEPS times what its
     block of channels takes in `x`.
     """
-    problem = _Problem(inputs, BACKWARD_CHANNELS)
+    problem = _Problem(inputs, CHANNELS)
     batch, dim, blocks = problem.batch, problem.dim, problem.blocks
     dx = torch.zeros(inputs.x.shape, dtype=problem.dtype)
     dx_dbl = torch.zeros(inputs.x_dbl.shape, dtype=problem.dtype)
@@ -463,15 +514,16 @@ def scan_2d_backward(dy: Tensor, inputs: ScanInputs, fixed_A: bool = False) -> S
         torch.empty((batch, *p.shape), dtype=problem.dtype) for p in problem.inputs[2:]
     )
     results = (problem.image(dx), problem.image(dx_dbl), *(d.numpy() for d in (dW, dbias, dA, dD)))
-    args = (*problem.sizes, problem.image(dy), *problem.inputs, *results)
+    args = (fixed_A or None, *problem.sizes, problem.image(dy), *problem.inputs, *results)
 
     # Jobs of one block add to the same channels of dx, jobs of one direction to the same part of
     # dx_dbl. In each of the rounds every block and every direction of an image occurs once.
     rounds = max(4, blocks)
+    num_threads = _num_threads(4 * inputs.x.numel() * inputs.dstate // rounds)
     for i in range(rounds):
         pairs = [(k, (i + k) % rounds) for k in range(4)]
         jobs = [(n, k, j) for n in range(batch) for k, j in pairs if j < blocks]
-        _run(_backward_block, jobs, args, problem.updates // rounds)
+        threads.run(_backward_block, jobs, args, num_threads)
 
     dA = _join(dA.sum(0), dim, problem.dstate) * problem.A
     gradients = (

@@ -29,7 +29,8 @@ def _vector_bytes() -> int:
 
 
 VECTOR_BYTES = _vector_bytes()
-_VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]
+# What Numba keeps on disk imports modules by the names that they had: hubconf.py has other ones.
+_VERSION = hashlib.sha256(Path(__file__).read_bytes() + __name__.encode()).hexdigest()[:8]
 
 
 def jit(function, inline=False):

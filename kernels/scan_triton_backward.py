@@ -24,6 +24,7 @@ from kernels.scan_triton_parts import (
     channels_states_ranks,
     decays,
     exp2,
+    exp2_of_minus,
     fetch_channels,
     fetch_group,
     first_pixel,
@@ -33,6 +34,7 @@ from kernels.scan_triton_parts import (
     load_direction,
     next_group,
     next_pixel,
+    powers,
     project_delta,
     row_buffers,
     sigmoid_of,
@@ -70,7 +72,8 @@ def adjoint_state_kernel(
     """Both chunk passes of a direction, k or one after it, in one walk, and delta.
 
     With P_t the product of a up to step t of the chunk, the adjoint that leaves the chunk at its
-    front is sum_t P_t C_t dy_t: it needs no walk of its own from behind.
+    front is sum_t P_t C_t dy_t: it needs no walk of its own from behind. Where A is fixed, P_t
+    comes from the sum of delta.
     """
     STEPS: tl.constexpr = META.STEPS
     ROW: tl.constexpr = META.RANK + 2 * META.DSTATE
@@ -130,10 +133,16 @@ def adjoint_state_kernel(
             b_C = Cs.slice(t, 1, 1).load(META.LAYOUT)
             b_a = decays(b_delta[None, :], b_A, o_n[:, None], META.FIXED_A, META.PADDED_DSTATE)
             b_h = b_a * b_h + b_B * (b_delta * b_xs[t])[None, :]
-            b_P = b_P * b_a
-            b_G = b_P * (b_C * b_dy[None, :]) + b_G
-            gl.store(p_delta + o_pixels[t] * META.DIM, b_delta, mask=both(m_c, is_inside))
             b_sum += b_delta
+            if META.FIXED_A:
+                # The powers of the whole product have dy as a factor from the first on.
+                b_r = exp2_of_minus(b_sum * LOG2_E)
+                b_P = powers((b_dy * b_r)[None, :], b_r[None, :], o_n[:, None], META.PADDED_DSTATE)
+                b_G = b_C * b_P + b_G
+            else:
+                b_P = b_P * b_a
+                b_G = b_P * (b_C * b_dy[None, :]) + b_G
+            gl.store(p_delta + o_pixels[t] * META.DIM, b_delta, mask=both(m_c, is_inside))
             if WITH_DD:
                 b_dD += b_xs[t] * b_dy
         o_pixels = o_nexts

@@ -59,6 +59,8 @@ class _FixedA:
                 return answer
         if A_logs.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
+        if type(A_logs.detach()) is not Tensor:  # a mode in which only shapes are computed
+            return False
         # Held here, the memory is not given to other values meanwhile.
         self.known = A_logs, A_logs.detach(), A_logs._version, is_fixed(A_logs)
         return self.known[-1]

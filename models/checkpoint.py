@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 CHECKPOINT_FOLDER = Path(__file__).parent.parent / "checkpoints"
 
 
+def list_checkpoints() -> list[str]:
+    """Names of the checkpoints that come with the project, sorted."""
+    return sorted(path.stem for path in CHECKPOINT_FOLDER.glob("*.safetensors"))
+
+
 def find_checkpoint(name: Path | str) -> Path:
     """The file of that path, or the checkpoint of that name that comes with the project.
 
@@ -32,7 +37,7 @@ def find_checkpoint(name: Path | str) -> Path:
     for path in (Path(name), CHECKPOINT_FOLDER / f"{name}.safetensors"):
         if os.path.isfile(path):  # unlike Path.is_file, also of names too long for a file
             return path
-    names = ", ".join(sorted(p.stem for p in CHECKPOINT_FOLDER.glob("*.safetensors")))
+    names = ", ".join(list_checkpoints())
     raise UsageError(
         f"checkpoint {name} does not exist; give a file that train.py saved"
         + (f", or one of the names {names}" if names else "")

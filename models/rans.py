@@ -51,6 +51,8 @@ _OK, _BAD_INDEX, _BAD_SYMBOL, _EXHAUSTED = range(4)
 
 
 def _jit(function: Callable) -> Callable:
+    # What Numba keeps on disk imports this module by the name it had: hubconf.py has another one.
+    function.__qualname__ = f"{__name__}.{function.__qualname__}"
     try:
         return numba.njit(cache=True, nogil=True)(function)
     except RuntimeError:  # no folder that the compiled code could be kept in

@@ -73,7 +73,7 @@ FAULTS = [
     Fault("training/state.py", "if source != stable:", "if True:", TRAIN, "longer_run"),
     Fault("training/state.py", "self.step = self.fresh_from =", "self.step =", TRAIN, "elsewhere"),
     Fault("training/state.py", 'self.cooldown_from = checkpoint.get("cooldown_from")', "pass",
-          TRAIN, "longer_run"),
+          TRAIN, "that_never_was"),
     Fault("train.py", "max(cooldown_start, run.cooldown_from or 0)", "cooldown_start", TRAIN,
           "any_point"),
     Fault("training/state.py", 'self.fresh_from = checkpoint.get("fresh_from", 0)', "pass", TRAIN,

@@ -105,6 +105,66 @@ def test_streams_are_coded_as_asked(fast, pictures, monkeypatch, capsys):
     assert {stream.exact for stream in streams} == {not fast}
 
 
+def test_several_checkpoints_make_a_curve_for_each_folder(pictures, tmp_path, monkeypatch, capsys):
+    checkpoints = [
+        save_checkpoint(tiny_model("convvc"), tmp_path / f"{name}.pth.tar", "convvc")
+        for name in "ab"
+    ]
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(pictures / "test" / "b.png", other)
+    folder = tmp_path / "curves"
+    argv = ["--checkpoint", *checkpoints, "--data", pictures, other, "--json", folder]
+    code, out, _ = run(argv, monkeypatch, capsys)
+    assert code == 0
+    assert sorted(file.name for file in folder.iterdir()) == [f"{pictures.name}.json", "other.json"]
+    for file, data in ((f"{pictures.name}.json", pictures), ("other.json", other)):
+        curve = json.loads((folder / file).read_text())
+        for i, checkpoint in enumerate(checkpoints):
+            alone = tmp_path / "alone.json"
+            run(["--checkpoint", checkpoint, "--data", data, "--json", alone], monkeypatch, capsys)
+            point = json.loads(alone.read_text())
+            for key in ("bpp", "psnr-rgb", "ms-ssim-rgb"):
+                if key in point["results"]:  # the picture of the other is too small for MS-SSIM
+                    assert curve["results"][key][i] == point["results"][key][0]
+            rows = [row for row in curve["images"] if row["checkpoint"] == checkpoint]
+            assert [row["bpp"] for row in rows] == [row["bpp"] for row in point["images"]]
+        assert load_curve(str(folder / file)).bpp.tolist() == sorted(curve["results"]["bpp"])
+    assert [line for line in out.splitlines() if " on " in line] == [
+        f"{checkpoint} on {data}"
+        for checkpoint in checkpoints
+        for data in (pictures / "test", other)
+    ]
+
+
+def test_a_run_that_ends_early_keeps_the_curves_so_far(pictures, tmp_path, monkeypatch, capsys):
+    good = save_checkpoint(tiny_model("convvc"), tmp_path / "good.pth.tar", "convvc")
+    bad = tmp_path / "bad.pth.tar"
+    bad.write_bytes(b"")
+    file = tmp_path / "curve.json"
+    argv = ["--checkpoint", good, bad, "--data", pictures, "--json", file]
+    code, _, err = run(argv, monkeypatch, capsys)
+    assert code == 2 and "bad.pth.tar" in err
+    assert len(json.loads(file.read_text())["results"]["bpp"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "{data}", "{data}", "--json", "{out}"], "two folders of --data would be"),
+        (["--data", "{data}", "{data}", "--save-images", "{out}"], "one checkpoint and one folder"),
+    ],
+    ids=["names", "images"],
+)
+def test_several_folders_that_cannot_be_are_one_line(
+    flags, message, pictures, tmp_path, monkeypatch, capsys
+):
+    flags = [flag.format(data=pictures, out=tmp_path / "out") for flag in flags]
+    code, out, err = run(["--checkpoint", CHECKPOINT, *flags], monkeypatch, capsys)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
 @pytest.fixture(scope="module")
 def every_rate(tmp_path_factory):
     """Checkpoint of a network of every rate."""

@@ -146,7 +146,6 @@ def test_graphs_serve_every_quality():
         assert stream == model.compress(x, quality=quality)
         expected = model.decompress(**stream)["x_hat"]
         assert torch.equal(coder.decompress(**stream)["x_hat"], expected)
-    assert len(coder._replay.graphs) == 13, "those of one size"
 
 
 def test_the_host_does_not_wait_for_gains():

@@ -40,7 +40,7 @@ SHAPES = [
 ]
 
 
-def make_inputs(shape, dtype=torch.float32, bias=None):
+def make_inputs(shape, dtype=torch.float32, bias=None, fixed_A=False):
     """Arguments of the scan, with steps like those of a trained network, and a gradient of y."""
     batch, height, width, dim, dstate, rank = shape
     parameter = torch.float64 if dtype == torch.float64 else torch.float32
@@ -48,12 +48,13 @@ def make_inputs(shape, dtype=torch.float32, bias=None):
     def normal(*size):
         return torch.randn(size, dtype=torch.float64)
 
+    first = torch.arange(1, dstate + 1, dtype=torch.float64).log()
     inputs = ScanInputs(
         normal(batch, height, width, dim).to(dtype),
         normal(batch, height, width, 4, rank + 2 * dstate).to(dtype),
         (normal(4, dim, rank) * rank**-0.5).to(parameter),
         (normal(4, dim) - 3 if bias is None else torch.full((4, dim), bias)).to(parameter),
-        (torch.arange(1, dstate + 1).log() + 0.1 * normal(4 * dim, dstate)).to(parameter),
+        (first + (0 if fixed_A else 0.1) * normal(4 * dim, dstate)).to(parameter),
         (1 + 0.1 * normal(4 * dim)).to(parameter),
     )
     return inputs, normal(batch, height, width, dim).to(dtype)
@@ -70,21 +71,29 @@ def error(result, truth):
     return (result.double() - truth).abs().max() / truth.abs().max().clamp_min(1e-30)
 
 
-def assert_matches(inputs, dy, tolerance, gradient_tolerance):
+def assert_matches(inputs, dy, tolerance, gradient_tolerance, fixed_A=False):
     y_truth, truths = expected(inputs, dy)
-    y = cpu_scan.scan_2d_forward(inputs)
+    y = cpu_scan.scan_2d_forward(inputs, fixed_A)
     assert y.dtype == inputs[0].dtype
     assert error(y, y_truth) <= tolerance
-    gradients = cpu_scan.scan_2d_backward(dy, inputs)
+    gradients = cpu_scan.scan_2d_backward(dy, inputs, fixed_A)
     for name, value, gradient, truth in zip(NAMES, inputs, gradients, truths, strict=True):
+        if fixed_A and name == "A_logs":
+            assert gradient.shape == (0,)
+            continue
         assert (gradient.shape, gradient.dtype) == (value.shape, value.dtype), name
         assert error(gradient, truth) <= gradient_tolerance, name
 
 
+GENERAL_AND_FIXED = pytest.mark.parametrize("fixed_A", [False, True], ids=["general", "fixed"])
+
+
+@GENERAL_AND_FIXED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_matches_the_reference(shape, dtype):
-    assert_matches(*make_inputs(shape, dtype), *TOLERANCE[dtype])
+def test_matches_the_reference(shape, dtype, fixed_A):
+    inputs = make_inputs(shape, dtype, fixed_A=fixed_A)
+    assert_matches(*inputs, *TOLERANCE[dtype], fixed_A)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -92,11 +101,22 @@ def test_low_precision_is_rounded_once(dtype):
     assert_matches(*make_inputs((2, 4, 5, 96, 16, 6), dtype), *TOLERANCE[dtype])
 
 
+@GENERAL_AND_FIXED
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("bias", [-20.0, 0.0, 12.0, 19.0, 21.0], ids=str)
-def test_small_and_large_steps_match(bias, dtype):
+def test_small_and_large_steps_match(bias, dtype, fixed_A):
     # At 19 and 21 the projection puts some steps on either side of softplus' threshold of 20.
-    assert_matches(*make_inputs((1, 3, 6, 64, 16, 4), dtype, bias), *TOLERANCE[dtype])
+    inputs = make_inputs((1, 3, 6, 64, 16, 4), dtype, bias, fixed_A)
+    assert_matches(*inputs, *TOLERANCE[dtype], fixed_A)
+
+
+@GENERAL_AND_FIXED
+def test_slow_decays_match_over_many_steps(fixed_A):
+    # Delta of about 1e-3, the least that a layer starts with: states keep hundreds of steps, over
+    # which errors of their decays add up.
+    inputs = make_inputs((1, 48, 48, 32, 16, 2), bias=-7.0, fixed_A=fixed_A)
+    inputs[0].dt_projs_weight.mul_(0.1)
+    assert_matches(*inputs, *TOLERANCE[torch.float32], fixed_A)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -161,18 +181,20 @@ def threads():
     torch.set_num_threads(before)
 
 
-def run(inputs, dy):
-    return cpu_scan.scan_2d_forward(inputs), *cpu_scan.scan_2d_backward(dy, inputs)
+def run(inputs, dy, fixed_A=False):
+    y = cpu_scan.scan_2d_forward(inputs, fixed_A)
+    return y, *cpu_scan.scan_2d_backward(dy, inputs, fixed_A)
 
 
-def test_results_do_not_depend_on_threads(threads, monkeypatch):
+@GENERAL_AND_FIXED
+def test_results_do_not_depend_on_threads(threads, monkeypatch, fixed_A):
     monkeypatch.setattr(cpu_scan, "SMALL", 0)
-    inputs, dy = make_inputs((2, 7, 9, 200, 16, 4))
+    inputs, dy = make_inputs((2, 7, 9, 200, 16, 4), fixed_A=fixed_A)
     threads(1)
-    alone = run(inputs, dy)
-    for count in (2, 3):
+    alone = run(inputs, dy, fixed_A)
+    for count in (2, 3, 9):  # with 9 the forward jobs have fewer channels
         threads(count)
-        for a, b in zip(alone, run(inputs, dy), strict=True):
+        for a, b in zip(alone, run(inputs, dy, fixed_A), strict=True):
             assert torch.equal(a, b)
 
 

@@ -28,9 +28,9 @@ def search(measure, target):
 # Logarithms of sizes that grow thirtyfold: evenly, late, early, and mostly in the middle.
 CURVES = {
     "even": lambda q: q / 30,
-    "late": lambda q: (q / 100) ** 2 * 3.4,
+    "late": lambda q: (q / 100) ** 4 * 3.4,
     "early": lambda q: (q / 100) ** 0.7 * 3.4,
-    "middle": lambda q: q / 60 + 1.7 / (1 + math.exp((45 - q) / 10)),
+    "middle": lambda q: q / 60 + 1.7 / (1 + math.exp((45 - q) / 5)),
 }
 
 

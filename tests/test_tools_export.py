@@ -31,6 +31,8 @@ def test_exported_weights_are_those_of_the_checkpoint(tmp_path, checkpoint, caps
         own = after["state_dict"][key]
         if key.startswith(("entropy_bottleneck.", "gaussian_conditional.")):
             assert torch.equal(own, value), f"{key}: tables are built from what is kept exactly"
+        elif key.endswith(".A_logs"):
+            assert torch.equal(own, value), f"{key}: it is as at first, and takes the faster kernel"
         else:
             assert torch.equal(own, value.half().float()), key
     coder = models.Coder(load_model(output))

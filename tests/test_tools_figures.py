@@ -1,6 +1,7 @@
 """BD-rates against published values, the figures, and what the scripts refuse."""
 
 import io
+import itertools
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,9 @@ import torch
 from conftest import SHALLOW, gained_model, save_checkpoint, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 import models
@@ -143,6 +147,30 @@ def test_a_file_that_is_no_result_is_refused(tmp_path, content):
         load_curve(str(path))
 
 
+def test_files_of_compressai_are_compared_as_they_are(tmp_path, capsys):
+    """JPEG by compressai.utils.bench and ours by compressai.utils.eval_model, on demo/test."""
+    jpeg, ours, hyperprior, picture = (
+        str(Path(__file__).parent / "assets" / "compressai" / f"{name}.json")
+        for name in ("bench-jpeg", "eval_model-mambavc-light", "eval_model-hyperprior",
+                     "eval_model-per-image")
+    )  # fmt: skip
+    assert (len(load_curve(jpeg).bpp), len(load_curve(hyperprior).bpp)) == (3, 2)
+    assert load_curve(picture).bpp.tolist() == [pytest.approx(0.543, abs=5e-4)]
+    output = tmp_path / "rd.png"
+    plot.main(
+        [hyperprior, "--ours", ours, "--anchor", jpeg, "--bpp", "0.01", "2.5", "--output",
+         str(output)]
+    )  # fmt: skip
+    assert picture_size(output) == (2080, 800)
+    first, second = capsys.readouterr().out.splitlines()[-2:]
+    # At 35.15 dB, ours takes 0.278 bpp; JPEG 0.747 by a straight line between its points, from
+    # which PCHIP differs by 0.3 %.
+    name, percent = first.strip("| ").split(" | ")[:2]
+    assert name == "mambavc-light-mse"
+    assert float(percent.removesuffix(" %")) == pytest.approx(100 * (0.278 / 0.747 - 1), abs=0.2)
+    assert second == "| bmshj2018-hyperprior-mse |  | no overlap |  |"
+
+
 def test_an_unknown_curve_is_refused_with_the_known_names():
     with pytest.raises(UsageError, match="tcm-large"):
         load_curve("vvc")
@@ -192,7 +220,42 @@ def test_savings_are_relative_to_the_anchor():
 def test_the_command_draws_what_was_asked_for(tmp_path):
     ours, output = write_result(tmp_path / "ours.json", [0.3, 0.6]), tmp_path / "rd.png"
     plot.main(["elic", "--ours", ours, "--panels", "psnr", "saving", "--output", str(output)])
-    assert picture_size(output) == (2000, 800)
+    assert picture_size(output) == (2080, 800)
+
+
+@pytest.mark.parametrize(("name", "counts"), [("rd_kodak", [11, 11]), ("rd_kodak_rest", [28, 13])])
+def test_names_of_the_kept_figures_do_not_overlap(name, counts):
+    """Ten published curves and our point; the others, of which not all have all that is shown."""
+    args = plot.parse_args([f"@{ROOT / 'results' / name}.args"])
+    curves = [[load_curve(source) for source in group] for group in (args.ours, args.curves)]
+    limits = plot.Limits(args.bpp, args.saved)
+    figure = plot.draw(*curves, load_curve(args.anchor), args.panels, limits=limits)
+    FigureCanvasAgg(figure).draw()
+    for axes, count in zip(figure.axes, counts, strict=True):
+        # Of the names alone, without the lines that lead to them.
+        boxes = [Text.get_window_extent(text) for text in axes.texts]
+        assert len(boxes) == count
+        assert not [pair for pair in itertools.combinations(boxes, 2) if Bbox.overlaps(*pair)]
+        for box in boxes:
+            assert figure.bbox.contains(box.x0, box.y0) and figure.bbox.contains(box.x1, box.y1)
+
+
+def test_the_two_figures_show_every_published_curve_of_kodak():
+    shown = []
+    for name in ("rd_kodak", "rd_kodak_rest"):
+        args = plot.parse_args([f"@{ROOT / 'results' / name}.args"])
+        shown += args.curves
+    assert sorted([*shown, "mambavc", "vtm"]) == sorted(p.stem for p in PUBLISHED.glob("*.json"))
+
+
+def test_savings_outside_the_limits_are_not_drawn():
+    anchor = load_curve("vtm")
+    half = Curve("half", anchor.bpp / 2, anchor.quality)
+    twice = Curve("twice", anchor.bpp * 2, anchor.quality)
+    limits = plot.Limits(saved=(-60, 60))
+    (axes,) = plot.draw([], [half, twice], anchor, ["saving"], limits=limits).axes
+    assert "half" in named(axes) and "twice" not in named(axes)
+    assert axes.get_ylim()[0] > -60
 
 
 def test_a_panel_without_data_is_refused(tmp_path):
@@ -225,6 +288,17 @@ def test_the_same_data_gives_the_same_file(tmp_path):
         architecture.main(["--output", str(file)])
     assert files[0].read_bytes() == files[1].read_bytes()
     assert picture_size(files[0]) == (2300, 1520)
+
+
+@given(
+    st.lists(st.floats(-1, 2), min_size=1, max_size=12), st.floats(0.01, 0.09), st.floats(0, 0.01)
+)
+def test_labels_stay_where_there_is_room(positions, gap, low):
+    moved = style.spread(positions, gap, low, 1)
+    assert low <= moved.min() and moved.max() <= 1 + 1e-9  # the rounding of sums of up to 2
+    assert (np.diff(np.sort(moved)) >= gap - 1e-9).all()
+    again = style.spread(moved, gap, low, 1)
+    assert again == pytest.approx(moved, abs=1e-9)
 
 
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=12), st.floats(0.01, 3))

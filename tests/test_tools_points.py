@@ -1,6 +1,7 @@
 """Points of result files side by side."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +36,18 @@ def test_another_file_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(UsageError, match=r"x\.json is not a file that eval\.py"):
         points.main([str(tmp_path / "x.json")])
+
+
+@pytest.mark.parametrize(
+    "file", ["bench-jpeg", "eval_model-hyperprior", "eval_model-mambavc-light"]
+)
+def test_files_of_compressai_are_listed(file, capsys):
+    """All their points; the files are as compressai.utils.bench and .eval_model wrote them."""
+    path = Path(__file__).parent / "assets" / "compressai" / f"{file}.json"
+    points.main([str(path)])
+    _, *lines = capsys.readouterr().out.splitlines()
+    results = json.loads(path.read_text())["results"]
+    assert [line.split()[:3] for line in lines] == [
+        [file, f"{bpp:.3f}", f"{psnr:.3f}"]
+        for bpp, psnr in zip(results["bpp"], results["psnr-rgb"], strict=True)
+    ]

@@ -198,6 +198,8 @@ def test_killed_run_ends_as_one_that_never_was(flags, tmp_path, recipe):
     assert_same_run(load(tmp_path / "killed"), load(tmp_path / "whole"))
     ema, whole_ema = load(tmp_path / "killed")["ema"], load(tmp_path / "whole")["ema"]
     torch.testing.assert_close(ema, whole_ema, rtol=0, atol=0)
+    if recipe == "variable":  # it was killed in its cool-down, and still can go back
+        assert_same_run(load(tmp_path / "killed", "stable"), load(tmp_path / "whole", "stable"))
 
 
 def test_longer_run_goes_on_from_before_its_cooldown(flags, tmp_path):

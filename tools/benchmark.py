@@ -32,6 +32,7 @@ import models
 import utils
 from kernels.graphs import Replay
 from layers import SS2D
+from models.memory import give_back_memory, keep_freed_memory
 from tools import networks
 from train import Step
 from training.criterion import RateDistortionLoss
@@ -77,6 +78,7 @@ def reset_peak(device: torch.device) -> int | None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
+    give_back_memory()
     try:
         CLEAR_REFS.write_text("5")  # Linux then forgets the peak, VmHWM
     except OSError:
@@ -481,6 +483,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         utils.check_output(args.json)
     device = utils.select_device(args.cuda)
+    keep_freed_memory()  # as codec.py and eval.py do
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")  # PyTorch's default, which the check needs
     backends = usable_backends(device)

@@ -2,16 +2,19 @@
 
 ::
 
-    python -m tools.figures.plot
+    python -m tools.figures.plot @results/rd_kodak.args
     python -m tools.figures.plot vtm-18.0 tcm-large --ours low.json,high.json --output rd.png
 """
 
 import argparse
+import itertools
 import json
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import bjontegaard
 import numpy as np
@@ -27,7 +30,9 @@ DEFAULT_CURVES = ("mlic-plus-plus", "mambaic", "tcm-large", "elic", "cheng2020-a
 
 QUALITY = {"psnr": "PSNR [dB]", "ms-ssim": "MS-SSIM [dB]"}
 PANELS = (*QUALITY, "saving")
-PANEL_WIDTH, PANEL_HEIGHT = 5.0, 4.0  # inches, with the names of the lines
+# Inches: of a panel with the names of its lines (the least height), and beside its axes.
+PANEL_WIDTH, PANEL_HEIGHT, LEFT, RIGHT = 5.2, 4.0, 0.66, 1.55
+DASHES = ("-", "--", ":", "-.")  # of the lines, where there are more than colours
 
 
 @dataclass(frozen=True)
@@ -73,25 +78,31 @@ def _load_points(source: str) -> tuple[str, dict[str, np.ndarray]]:
     if not path.is_file():
         path = PUBLISHED / f"{source}.json"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in PUBLISHED.glob("*.json")))
+        files = PUBLISHED.rglob("*.json")
+        known = ", ".join(sorted(str(p.relative_to(PUBLISHED).with_suffix("")) for p in files))
         raise UsageError(f"{source} is neither a file nor one of the published curves: {known}")
     try:
         data = json.loads(path.read_text())
-        name, results = str(data["name"]), data["results"]
+        # Of one picture alone, compressai.utils.eval_model writes numbers in place of lists.
+        name, results = str(data["name"]), {k: _as_list(v) for k, v in data["results"].items()}
         columns = {"bpp": results["bpp"], "psnr": results["psnr-rgb"]}
         ms_ssim = results.get("ms-ssim-rgb") or [None]
         if None not in ms_ssim:
             columns["ms-ssim"] = [ms_ssim_db(value) for value in ms_ssim]
-        points = {key: np.array(values, dtype=float) for key, values in columns.items()}
-        sizes = {values.shape for values in points.values()}
-        if len(sizes) > 1 or not points["bpp"].size or points["bpp"].min() <= 0:
+        table = {key: np.array(values, dtype=float) for key, values in columns.items()}
+        sizes = {values.shape for values in table.values()}
+        if len(sizes) > 1 or not table["bpp"].size or table["bpp"].min() <= 0:
             raise ValueError("lists of different lengths, no points, or a bpp of 0 or less")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{path} does not hold rate-distortion points ({error!r}); expected "
             '{"name": ..., "results": {"bpp": [...], "psnr-rgb": [...]}}'
         ) from None
-    return name, points
+    return name, table
+
+
+def _as_list(values: object) -> list:
+    return values if isinstance(values, list) else [values]
 
 
 def bd_rate(anchor: Curve, curve: Curve, metric: str = "psnr", method: str = "pchip") -> float:
@@ -129,6 +140,15 @@ def _common(anchor: np.ndarray, curve: np.ndarray) -> tuple[float, float] | None
     return (low, high) if comparable else None
 
 
+def compared_over(anchor: Curve, curve: Curve) -> str:
+    """The PSNRs that a BD-rate is of, in words."""
+    interval = _common(anchor.quality["psnr"], curve.quality["psnr"])
+    if interval is None:
+        return "no overlap"
+    low, high = interval
+    return f"at {low:.2f} dB" if low == high else f"{low:.1f} to {high:.1f} dB"
+
+
 def bd_table(anchor: Curve, curves: Sequence[Curve], method: str = "pchip") -> str:
     """BD-rates of all curves as a Markdown table, best first by PSNR.
 
@@ -138,13 +158,7 @@ def bd_table(anchor: Curve, curves: Sequence[Curve], method: str = "pchip") -> s
     for curve in curves:
         rates = [bd_rate(anchor, curve, metric, method) for metric in QUALITY]
         psnr, ms_ssim = ("" if math.isnan(rate) else f"{rate:+.2f} %" for rate in rates)
-        interval = _common(anchor.quality["psnr"], curve.quality["psnr"])
-        if interval is None:
-            over = "no overlap"
-        elif interval[0] == interval[1]:
-            over = f"at {interval[0]:.2f} dB"
-        else:
-            over = f"{interval[0]:.1f} to {interval[1]:.1f} dB"
+        over = compared_over(anchor, curve)
         rows.append((rates[0], f"| {curve.name} | {psnr} | {over} | {ms_ssim} |"))
     rows.sort(key=lambda row: math.inf if math.isnan(row[0]) else row[0])
     head = (
@@ -164,20 +178,35 @@ def _rate_at(curve: Curve, quality: np.ndarray, metric: str = "psnr") -> np.ndar
     return np.exp(_through(curve.quality[metric], np.log(curve.bpp))(quality))
 
 
-def _line(curve: Curve, panel: str, anchor: Curve, bpp: tuple[float, float], x: np.ndarray):
-    """Points (x, y) of a curve in a quality or saving panel, at rates to be shown."""
+class Limits(NamedTuple):
+    """What is shown: (lowest, highest) bits per pixel, and percent saved in a saving panel."""
+
+    bpp: tuple[float, float] = (0.08, 0.95)
+    saved: tuple[float, float] = (-math.inf, math.inf)
+
+
+def _line(curve: Curve, panel: str, anchor: Curve, limits: Limits, x: np.ndarray):
+    """Points (x, y) of a curve in a quality or saving panel that are to be shown."""
     if panel == "saving":
         rate = _rate_at(curve, x)
         y = 100 * (1 - rate / _rate_at(anchor, x))
+        shown = (y >= limits.saved[0]) & (y <= limits.saved[1])
     else:
         rate = x
         y = _through(curve.bpp, curve.quality[panel])(x)
-    shown = (rate >= bpp[0]) & (rate <= bpp[1])
+        shown = True
+    shown = shown & (rate >= limits.bpp[0]) & (rate <= limits.bpp[1])
     return x[shown], y[shown]
 
 
 def _draw_line(
-    axes: Axes, curve: Curve, panel: str, anchor: Curve, bpp: tuple[float, float], colour: str
+    axes: Axes,
+    curve: Curve,
+    panel: str,
+    anchor: Curve,
+    limits: Limits,
+    colour: str,
+    dashes: str,
 ) -> list[tuple[str, float, float, str]]:
     """Draw one curve in a quality or saving panel; return what `style.label_lines` needs."""
     points = curve.bpp
@@ -190,9 +219,11 @@ def _draw_line(
     ours = colour == style.ACCENT
     look = {"color": colour, "zorder": 4 if ours else 3}
     dense = np.linspace(points[0], points[-1], 300)
-    x, y = _line(curve, panel, anchor, bpp, dense)
-    axes.plot(x, y, linewidth=2.4 if ours else 1.3, **look)
-    axes.plot(*_line(curve, panel, anchor, bpp, points), "o", markersize=5 if ours else 3, **look)
+    x, y = _line(curve, panel, anchor, limits, dense)
+    axes.plot(x, y, dashes, linewidth=2.4 if ours else 1.3, **look)
+    axes.plot(
+        *_line(curve, panel, anchor, limits, points), "o", markersize=5 if ours else 3, **look
+    )
     if not len(x):
         return []
     if len(curve.bpp) == 1:
@@ -216,7 +247,7 @@ def draw(
     anchor: Curve,
     panels: Sequence[str],
     *,
-    bpp: tuple[float, float] = (0.08, 0.95),
+    limits: Limits = Limits(),  # noqa: B008, it is a tuple
     title: str = "",
 ) -> Figure:
     """Draw the panels side by side.
@@ -226,22 +257,27 @@ def draw(
         others, anchor: in the other colours; the anchor is also what savings are relative to.
         panels: of `PANELS`. "psnr" and "ms-ssim" are quality over bpp, "saving" is the rate saved
             at equal PSNR.
-        bpp: rates to show.
+        limits: rates and savings to show.
 
     Raises:
         UsageError: no curve has what a panel shows.
     """
-    palette = [style.OTHERS[i % len(style.OTHERS)] for i in range(len(others))]
+    looks = [(colour, dashes) for dashes in DASHES for colour in style.OTHERS]
     curves = [
-        *zip(palette, others, strict=True),
-        (style.MUTED, anchor),
-        *((style.ACCENT, curve) for curve in ours),
+        *zip(others, itertools.cycle(looks)),
+        (anchor, (style.MUTED, "-")),
+        *((curve, (style.ACCENT, "-")) for curve in ours),
     ]
-    place = (0.6, 0.12 * PANEL_HEIGHT, PANEL_WIDTH - 0.6 - 1.35, 0.78 * PANEL_HEIGHT)
-    figure, row = style.panels(len(panels), len(panels), (PANEL_WIDTH, PANEL_HEIGHT), place)
+    available = {
+        panel: [pair for pair in curves if _drawable(pair[0], panel, anchor)] for panel in panels
+    }
+    names = max(len(pairs) for pairs in available.values())
+    high = max(0.78 * PANEL_HEIGHT, names * style.LABEL_GAP / 72)
+    place = (LEFT, 0.48, PANEL_WIDTH - LEFT - RIGHT, high)
+    cell = (PANEL_WIDTH, high + 0.22 * PANEL_HEIGHT)
+    figure, row = style.panels(len(panels), len(panels), cell, place)
     for axes, panel in zip(row, panels, strict=True):
-        available = [pair for pair in curves if _drawable(pair[1], panel, anchor)]
-        if not available:
+        if not available[panel]:
             raise UsageError(f"no curve has the data of panel {panel}; leave the panel out")
         if panel == "saving":
             axes.set_xlabel("PSNR [dB]")
@@ -249,25 +285,33 @@ def draw(
         else:
             axes.set_xlabel("rate [bit per pixel]")
             axes.set_ylabel(QUALITY[panel])
-            axes.set_xlim(*bpp)
+            axes.set_xlim(*limits.bpp)
         ends = [
             end
-            for colour, curve in available
-            for end in _draw_line(axes, curve, panel, anchor, bpp, colour)
+            for curve, look in available[panel]
+            for end in _draw_line(axes, curve, panel, anchor, limits, *look)
         ]
         style.label_lines(axes, ends)
     if title:
-        x = 0.6 / figure.get_figwidth()
-        figure.text(x, 0.95, title, color=style.INK, fontweight="bold")
+        x = LEFT / figure.get_figwidth()
+        figure.text(x, 1 - 0.2 / figure.get_figheight(), title, color=style.INK, fontweight="bold")
     return figure
 
 
+class _Parser(ArgumentParser):
+    """A parser that reads files of arguments as a shell reads its lines."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return shlex.split(arg_line, comments=True)
+
+
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(
+    parser = _Parser(
         prog="python -m tools.figures.plot",
         description="Draw rate-distortion curves and print BD-rates of result JSON files. A curve "
         "is the path of a file, the name of one in results/published, or several paths with commas "
-        "between them, which are joined.",
+        "between them, which are joined. @FILE stands for the arguments in that file.",
+        fromfile_prefix_chars="@",
     )
     parser.add_argument("curves", nargs="*", default=list(DEFAULT_CURVES), metavar="CURVE")
     parser.add_argument(
@@ -285,7 +329,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=["psnr", "ms-ssim"],
         help="what to draw, from left to right (default: psnr ms-ssim)",
     )
-    parser.add_argument("--bpp", nargs=2, type=float, default=(0.08, 0.95), metavar=("LOW", "HIGH"))
+    everything = Limits()
+    parser.add_argument(
+        "--bpp", nargs=2, type=float, default=everything.bpp, metavar=("LOW", "HIGH"),
+        help="rates to show (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--saved", nargs=2, type=float, default=everything.saved, metavar=("LOW", "HIGH"),
+        help="savings to show, in percent (default: all)",
+    )  # fmt: skip
     parser.add_argument("--method", choices=("pchip", "akima"), default="pchip")
     parser.add_argument("--title", default="")
     parser.add_argument("--output", type=Path, metavar="FILE", help="picture (.png, .svg, .pdf)")
@@ -301,7 +353,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ours = [load_curve(source) for source in args.ours]
     print(bd_table(anchor, [*ours, *others], args.method))
     if args.output is not None:
-        figure = draw(ours, others, anchor, args.panels, bpp=tuple(args.bpp), title=args.title)
+        limits = Limits(tuple(args.bpp), tuple(args.saved))
+        figure = draw(ours, others, anchor, args.panels, limits=limits, title=args.title)
         style.save(figure, args.output)
 
 

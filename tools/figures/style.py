@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,7 +23,17 @@ INK = "#222222"
 MUTED = "#767676"
 FAINT = "#D9D9D9"
 # Okabe and Ito's palette in an order that keeps neighbours far apart in lightness.
-OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#8C6D00", "#000000")
+# Two of Tol's are behind them, for figures of many lines.
+OTHERS = (
+    "#0072B2",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#8C6D00",
+    "#000000",
+    "#882255",
+    "#5D3FBF",
+)
 LABEL_GAP = 10.5  # least distance between two names of lines, in points
 # How figures call the registered networks.
 NAMES = {"mambavc": "MambaVC", "convvc": "CNN variant", "swinvc": "Swin variant"}
@@ -127,16 +138,23 @@ def draw_lines(
     return ends
 
 
-def spread(positions: Sequence[float], gap: float) -> np.ndarray:
+def spread(
+    positions: Sequence[float], gap: float, low: float = -math.inf, high: float = math.inf
+) -> np.ndarray:
     """Move positions as little as possible so that neighbours are at least `gap` apart.
 
     The order of the positions is kept; the sum of the squares of the moves is the smallest.
+
+    Args:
+        low, high: between which they are to lie. Where there is no room for that, they begin at
+            `low`.
     """
     order = np.argsort(positions, kind="stable")
     steps = gap * np.arange(len(positions))
     moved = np.empty(len(positions))
     # Less the gaps that are to lie before them, positions need only not fall.
-    moved[order] = isotonic_regression(np.array(positions)[order] - steps).x + steps
+    rising = isotonic_regression(np.array(positions)[order] - steps).x
+    moved[order] = np.maximum(np.minimum(rising, high - steps[-1]), low) + steps
     return moved
 
 
@@ -155,7 +173,7 @@ def label_lines(axes: Axes, ends: Sequence[tuple[str, float, float, str]]) -> No
     to_axes = axes.transData + axes.transAxes.inverted()
     points = [to_axes.transform((x, y)) for _, x, y, _ in ends]
     height = axes.get_window_extent().height * 72 / axes.figure.dpi
-    heights = spread([y for _, y in points], LABEL_GAP / height)
+    heights = spread([y for _, y in points], LABEL_GAP / height, 0, 1)
     for (name, _, _, colour), (x, y), label_y in zip(ends, points, heights, strict=True):
         axes.annotate(
             name,
