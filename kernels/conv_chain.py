@@ -1,11 +1,13 @@
 """A chain of convolutions with activations, on maps of few pixels in half precision."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from kernels import backends
+
+FEW_PIXELS = 1 << 15  # on more a product is long enough for its library to pay
 
 
 def fuses_convolutions(x: Tensor) -> bool:
@@ -17,12 +19,22 @@ def fuses_convolutions(x: Tensor) -> bool:
     return backends.half_precision(x) is not None and x.numel() > 0
 
 
+def fuses_products(x: Tensor) -> bool:
+    """Whether `conv_chain` also takes over linear layers and kernels of 1x1: on few pixels.
+
+    Args:
+        x: (batch, channels, height, width).
+    """
+    return fuses_convolutions(x) and x.numel() <= FEW_PIXELS * x.shape[1]
+
+
 def conv_chain(
     x: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     activations: Sequence[str | None],
-    residual: bool = False,
+    residual: Tensor | None = None,
+    skips: Mapping[int, int] | None = None,
 ) -> Tensor:
     """Convolutions of stride 1 with zero padding that keeps the size, each with its activation.
 
@@ -35,7 +47,10 @@ def conv_chain(
         weights: (out, in, side, side), side 1 or 3.
         biases: (out,).
         activations: ``relu``, ``gelu`` or None.
-        residual: add x before the last activation.
+        residual: (batch, out, height, width), added before the last activation; quickest where it
+            lies channels last.
+        skips: for layers that add one of the chain's own maps before their activation, its index:
+            x is 0, what layer i makes is i + 1. Each map is added once at most.
 
     Returns:
         (batch, out, height, width) in half precision, channels last.
@@ -45,26 +60,34 @@ def conv_chain(
     for weight, bias in zip(weights, biases, strict=True):
         weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
         parameters += [weight, bias.to(dtype)]
-    x = x.to(dtype).permute(0, 2, 3, 1).contiguous()
-    out = _ConvChain.apply(x, tuple(activations), residual, *parameters)
+    residual = None if residual is None else _pixels(residual, dtype)
+    out = _ConvChain.apply(
+        _pixels(x, dtype), residual, tuple(activations), skips or {}, *parameters
+    )
     return out.permute(0, 3, 1, 2)
 
 
+def _pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype).permute(0, 2, 3, 1).contiguous()
+
+
 class _ConvChain(torch.autograd.Function):
-    """Of a contiguous map (batch, height, width, channels)."""
+    """Of contiguous maps (batch, height, width, channels)."""
 
     @staticmethod
-    def forward(ctx, x, activations, residual, *parameters):
+    def forward(ctx, x, residual, activations, skips, *parameters):
         from kernels.conv_chain_triton import conv_forward
 
         weights, biases = parameters[::2], parameters[1::2]
         maps, gates = [x], []
-        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True), 1):
-            added = x if residual and i == len(weights) else None
-            out, gate = conv_forward(maps[-1], weight, bias, activations[i - 1], added)
+        for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+            added = maps[skips[i]] if i in skips else None
+            if i == len(weights) - 1 and residual is not None:
+                added = residual
+            out, gate = conv_forward(maps[i], weight, bias, activations[i], added)
             maps.append(out)
             gates.append(gate)
-        ctx.activations, ctx.residual = activations, residual
+        ctx.activations, ctx.skips = activations, skips
         ctx.save_for_backward(*maps[:-1], *gates, *weights)
         return maps[-1]
 
@@ -80,15 +103,18 @@ class _ConvChain(torch.autograd.Function):
             dout = torch.ops.aten.threshold_backward(dout, gates[-1], 0)
         elif ctx.activations[-1] == "gelu":
             dout = torch.ops.aten.gelu_backward(dout, gates[-1])
-        douts = [dout]
-        for i in reversed(range(1, count)):
-            douts.append(
-                conv_backward_map(douts[-1], weights[i], ctx.activations[i - 1], gates[i - 1], None)
+        # By what each layer makes, before its activation; a map that is skipped to gets both.
+        douts = {count - 1: dout}
+        added = {skipped: i for i, skipped in ctx.skips.items()}
+        for i in reversed(range(count - 1)):
+            other = douts.get(added.get(i + 1))
+            douts[i] = conv_backward_map(
+                douts[i + 1], weights[i + 1], ctx.activations[i], gates[i], other
             )
         dx = None
         if ctx.needs_input_grad[0]:
-            added = dout if ctx.residual else None
-            dx = conv_backward_map(douts[-1], weights[0], None, None, added)
-        pairs = list(zip(reversed(douts), maps, strict=True))
+            dx = conv_backward_map(douts[0], weights[0], None, None, douts.get(added.get(0)))
+        pairs = [(douts[i], each) for i, each in enumerate(maps)]
         parameters = [g for pair in conv_backward_parameters(pairs, weights) for g in pair]
-        return dx, None, None, *parameters
+        dresidual = dout if ctx.needs_input_grad[1] else None
+        return dx, dresidual, None, None, *parameters

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.sum_triton import sum_parts
+
 MULTIPROCESSORS = 132  # an H100's; blocks are made small enough that about as many programs run
 GRAD_BLOCK = (32, 32, 64)  # output and input channels, pixels
 GRAD_PIXELS = 256  # fewest pixels of a program that adds up a weight's gradient
@@ -262,7 +264,10 @@ def conv_backward_parameters(
                 BLOCK_C=block_c, BLOCK_IN=block_in, BLOCK_P=block_p,
                 num_warps=WARPS, num_stages=STAGES,
             )  # fmt: skip
-    total = sums[0] if splits == 1 else sums.sum(0).to(weights[0].dtype)
+    total = sums[0]
+    if splits > 1:
+        total = weights[0].new_empty(row)
+        sum_parts(sums[None], total)
     parts = total.split(sizes)
     return [
         (parts[2 * i].view(len(w), *w.shape[2:], w.shape[1]).permute(0, 3, 1, 2), parts[2 * i + 1])

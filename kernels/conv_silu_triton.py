@@ -9,7 +9,7 @@ digits after a name are a tap's row and column. A condition that is one number e
 `True &`: Triton 3.9's interpreter else takes it for an int32 when it spreads it over a block, and
 then refuses the mask (compiled code is the same).
 
-Sums over pixels are kept per program and added by `torch.sum`, so that they do not depend on the
+Sums over pixels are kept per program and added by `sum_parts`, so that they do not depend on the
 order in which programs run. No size below depends on the device.
 """
 
@@ -17,6 +17,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kernels.sum_triton import sum_parts
 
 BLOCK = (16, 64)  # columns x channels of one program
 GRAD_BLOCK = (16, 32)
@@ -122,7 +124,7 @@ def _conv_grad_kernel(
     weight,  # (dim, 9)
     bias,  # (dim,)
     dpre,  # (batch, height, width, dim), out: gradient before SiLU
-    partial,  # (pixel tiles, 10, dim), out: gradients of the 9 taps, then of the bias
+    partial,  # (pixel tiles, 10 * dim), out: gradients of weight, (dim, 9), and bias
     height,
     width,
     dim,
@@ -183,17 +185,18 @@ def _conv_grad_kernel(
         b_x10, b_x11, b_x12 = b_x20, b_x21, b_x22
 
     i_tile = tl.program_id(0) // tl.cdiv(dim, BLOCK_C)
-    p_out = partial + i_tile.to(tl.int64) * 10 * dim + o_c
+    p_tile = partial + i_tile.to(tl.int64) * 10 * dim
+    p_out = p_tile + o_c * 9
     tl.store(p_out, tl.sum(b_d00, 0), mask=m_c)
-    tl.store(p_out + dim, tl.sum(b_d01, 0), mask=m_c)
-    tl.store(p_out + 2 * dim, tl.sum(b_d02, 0), mask=m_c)
-    tl.store(p_out + 3 * dim, tl.sum(b_d10, 0), mask=m_c)
-    tl.store(p_out + 4 * dim, tl.sum(b_d11, 0), mask=m_c)
-    tl.store(p_out + 5 * dim, tl.sum(b_d12, 0), mask=m_c)
-    tl.store(p_out + 6 * dim, tl.sum(b_d20, 0), mask=m_c)
-    tl.store(p_out + 7 * dim, tl.sum(b_d21, 0), mask=m_c)
-    tl.store(p_out + 8 * dim, tl.sum(b_d22, 0), mask=m_c)
-    tl.store(p_out + 9 * dim, tl.sum(b_dbias, 0), mask=m_c)
+    tl.store(p_out + 1, tl.sum(b_d01, 0), mask=m_c)
+    tl.store(p_out + 2, tl.sum(b_d02, 0), mask=m_c)
+    tl.store(p_out + 3, tl.sum(b_d10, 0), mask=m_c)
+    tl.store(p_out + 4, tl.sum(b_d11, 0), mask=m_c)
+    tl.store(p_out + 5, tl.sum(b_d12, 0), mask=m_c)
+    tl.store(p_out + 6, tl.sum(b_d20, 0), mask=m_c)
+    tl.store(p_out + 7, tl.sum(b_d21, 0), mask=m_c)
+    tl.store(p_out + 8, tl.sum(b_d22, 0), mask=m_c)
+    tl.store(p_tile + 9 * dim + o_c, tl.sum(b_dbias, 0), mask=m_c)
 
 
 def _grid(x: Tensor, block: tuple[int, int]):
@@ -233,7 +236,8 @@ def conv_silu_backward(
     dpre = torch.empty_like(x)
     rows, tiles, n_c, block = _grid(x, GRAD_BLOCK)
     sum_dtype = torch.promote_types(x.dtype, torch.float32)
-    partial = torch.empty(tiles, 10, dim, dtype=sum_dtype, device=x.device)
+    partial = torch.empty(1, tiles, 10 * dim, dtype=sum_dtype, device=x.device)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     with torch.cuda.device_of(x):
         _conv_grad_kernel[(tiles * n_c,)](
             dy, x, weight, bias, dpre, partial, height, width, dim, rows,
@@ -241,6 +245,5 @@ def conv_silu_backward(
             maxnreg=None if x.dtype == torch.float64 else GRAD_REGISTERS,
         )  # fmt: skip
     dx = _launch(dpre, weight, bias, transposed=True)
-    dweight = torch.empty(dim, 9, dtype=sum_dtype, device=x.device)
-    torch.sum(partial[:, :9].transpose(1, 2), 0, out=dweight)
-    return dx, dweight.view(weight.shape).to(weight.dtype), partial[:, 9].sum(0).to(bias.dtype)
+    sum_parts(partial, dweight, dbias)
+    return dx, dweight, dbias

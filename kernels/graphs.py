@@ -1,7 +1,10 @@
 """CUDA graphs: a fixed sequence of kernels, captured once and launched as one."""
 
+import contextlib
+import functools
+import gc
 import itertools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +13,42 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 WARM_UP_CALLS = 3  # compilation, tuning and allocation happen here, which a capture cannot hold
+
+
+def side_by_side(functions: Sequence[Callable[[], Tensor]], inputs: Sequence[Tensor]) -> list:
+    """Results of functions that need nothing of each other.
+
+    In a graph that is being captured each becomes a branch, which a replay runs beside the others:
+    kernels of small maps leave most of a GPU idle. What autograd runs of a function later belongs
+    to its branch, too. Elsewhere they run one after the other.
+
+    Args:
+        functions: each returns a tensor, or a tuple of them, or None.
+        inputs: tensors that they read. Others than these must exist until the capture ends.
+    """
+    if not (inputs[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+        return [function() for function in functions]
+    here = torch.cuda.current_stream(inputs[0].device)
+    others = [_beside(here, i) for i in range(1, len(functions))]
+    for stream in others:
+        stream.wait_stream(here)
+    results = [functions[0]()]
+    for stream, function in zip(others, functions[1:], strict=True):
+        # Memory that is given back is given out again in the order of the stream that it was taken
+        # on. What another stream reads is kept to the end of the capture.
+        for tensor in inputs:
+            tensor.record_stream(stream)
+        with torch.cuda.stream(stream):
+            results.append(function())
+        here.wait_stream(stream)
+        for tensor in _tensors(results[-1] if isinstance(results[-1], tuple) else results[-1:]):
+            tensor.record_stream(here)
+    return results
+
+
+@functools.cache
+def _beside(stream: torch.cuda.Stream, i: int) -> torch.cuda.Stream:
+    return torch.cuda.Stream(stream.device)
 
 
 class GraphedGradients:
@@ -197,13 +236,22 @@ def _single(function: Callable, *args) -> Generator:
     yield function(*args)
 
 
-def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool=None):
+@contextlib.contextmanager
+def _capture(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream, pool=None) -> Iterator[None]:
     """Context that captures a graph; threads that load data go on using the device meanwhile.
 
     Libraries keep work space for each stream, which goes with the first graph that used it: graphs
     that do not end together have streams of their own.
     """
-    return torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local")
+    # Python might find a graph that is no longer used, and what ends one ends a capture, too.
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _tensors(args: Sequence) -> list[Tensor]:

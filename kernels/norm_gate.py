@@ -60,6 +60,40 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Te
         return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
 
 
+def fork_layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """x itself and its `layer_norm`: where a residual branch begins.
+
+    In half precision the kernel of the norm's gradient adds the gradient by the first to it.
+    """
+    half = x.dtype in (torch.bfloat16, torch.float16)
+    compiles = torch.compiler.is_compiling()  # which joins sums with kernels by itself
+    if half and not compiles and x.numel() > 0 and backends.runs_stage_kernels(x.device.type):
+        return _Fork.apply(x.contiguous(), weight.contiguous(), bias.contiguous(), eps)
+    return x, layer_norm(x, weight, bias, eps)
+
+
+class _Fork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        from kernels.norm_gate_triton import norm_gate_forward
+
+        ctx.save_for_backward(x, weight, bias)
+        ctx.eps = eps
+        return x, norm_gate_forward(x, None, weight, bias, eps)
+
+    @staticmethod
+    def backward(ctx, dx, dout):
+        from kernels.norm_gate_triton import norm_gate_backward
+
+        x, weight, bias = ctx.saved_tensors
+        dx, _, dweight, dbias = norm_gate_backward(
+            dout.contiguous(), x, None, weight, bias, ctx.eps, dx.contiguous()
+        )
+        return dx, dweight, dbias, None
+
+
 def _formula(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     tensors = (y, z, weight, bias)
     wants_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -4,7 +4,7 @@ Bound by memory traffic: a row stays in the registers of one warp (of a few if i
 map is read once and each result written once. The backward kernel forms the statistics again.
 
 Prefixes: `i_` program or loop index, `o_` offsets, `m_` mask, `p_` pointer, `b_` block value. Sums
-over rows are kept per program and added by `torch.sum`, so that they do not depend on the order
+over rows are kept per program and added by `sum_parts`, so that they do not depend on the order
 in which programs run. No size below depends on the device.
 """
 
@@ -13,10 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.sum_triton import sum_parts
+
 BLOCK = 512  # elements per warp
 PROGRAMS = 24576
 GRAD_PROGRAMS = 1584  # one wave of 12 single-warp programs on each of 132 multiprocessors
-GRAD_TILES = 4  # fewest per program, so that the partial sums stay small
+GRAD_TILES = 4  # fewest per program, so that the partial sums stay small,
+FEW_PROGRAMS = 528  # where there are more programs than these
 
 
 @triton.jit
@@ -74,9 +77,10 @@ def _norm_gate_grad_kernel(
     z,  # (rows, dim), or None: no gate
     weight,  # (dim,)
     bias,  # (dim,)
-    dy,  # (rows, dim), out
+    other,  # (rows, dim), another gradient by y, or None
+    dy,  # (rows, dim), out: the sum of both
     dz,  # (rows, dim), out; None with z
-    partial,  # (2, programs, dim), out: gradients of weight and bias
+    partial,  # (programs, 2, dim), out: gradients of weight and bias
     rows,
     dim,
     EPS: tl.constexpr,
@@ -111,11 +115,12 @@ def _norm_gate_grad_kernel(
         b_mean = (tl.sum(b_dn, 1) / dim)[:, None]
         b_slope = (tl.sum(b_dn * b_n, 1) / dim)[:, None]
         b_dy = b_rstd * (b_dn - b_mean - b_n * b_slope)
+        if other is not None:
+            b_dy += tl.load(other + o_tile + o_x, mask=m_x, other=0.0).to(ACC)
         tl.store(dy + o_tile + o_x, b_dy.to(dy.dtype.element_ty), mask=m_x)
-    p_out = partial + tl.program_id(0).to(tl.int64) * dim + o_c
+    p_out = partial + tl.program_id(0).to(tl.int64) * (2 * dim) + o_c
     tl.store(p_out, tl.sum(b_dw, 0), mask=m_c)
-    o_bias = tl.num_programs(0).to(tl.int64) * dim
-    tl.store(p_out + o_bias, tl.sum(b_dbias, 0), mask=m_c)
+    tl.store(p_out + dim, tl.sum(b_dbias, 0), mask=m_c)
 
 
 def _grid(y: Tensor):
@@ -146,19 +151,27 @@ def norm_gate_forward(
 
 
 def norm_gate_backward(
-    dout: Tensor, y: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    dout: Tensor,
+    y: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Gradients of y, z, weight and bias; all inputs contiguous."""
+    """Gradients of y, to which another one may be added, z, weight and bias; inputs contiguous."""
     dim = y.shape[-1]
     dy, dz = torch.empty_like(y), None if z is None else torch.empty_like(z)
     rows, tiles, block = _grid(y)
-    programs = min(triton.cdiv(tiles, GRAD_TILES), GRAD_PROGRAMS)
+    programs = max(min(tiles, FEW_PROGRAMS), triton.cdiv(tiles, GRAD_TILES))
+    programs = min(programs, GRAD_PROGRAMS)
     sum_dtype = torch.promote_types(y.dtype, torch.float32)
-    partial = torch.empty(2, programs, dim, dtype=sum_dtype, device=y.device)
+    partial = torch.empty(1, programs, 2 * dim, dtype=sum_dtype, device=y.device)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     with torch.cuda.device_of(y):
         _norm_gate_grad_kernel[(programs,)](
-            dout, y, z, weight, bias, dy, dz, partial, rows, dim,
+            dout, y, z, weight, bias, other, dy, dz, partial, rows, dim,
             EPS=eps, **block,
         )  # fmt: skip
-    sums = partial[0].sum(0), partial[1].sum(0)
-    return dy, dz, sums[0].to(weight.dtype), sums[1].to(bias.dtype)
+    sum_parts(partial, dweight, dbias)
+    return dy, dz, dweight, dbias

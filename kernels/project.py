@@ -1,5 +1,6 @@
 """Products of all pixels of a map with one matrix."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -23,3 +24,34 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
     if backends.runs_onednn(x):
         return F.conv2d(x.permute(0, 3, 1, 2), weight[:, :, None, None]).permute(0, 2, 3, 1)
     return F.linear(x, weight)
+
+
+def project_halves(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`project` by both halves of a matrix, into two maps.
+
+    In half precision the gradients by x are added inside the second product.
+    """
+    dtype = backends.half_precision(x)
+    if dtype is None or torch.compiler.is_compiling():
+        first, second = weight.chunk(2)
+        return project(x, first), project(x, second)
+    return _Halves.apply(x.to(dtype), weight.to(dtype))
+
+
+class _Halves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return tuple(F.linear(x, half) for half in weight.chunk(2))
+
+    @staticmethod
+    def backward(ctx, *douts):
+        x, weight = ctx.saved_tensors
+        pixels = x.flatten(0, -2)
+        first, second = (dout.flatten(0, -2) for dout in douts)
+        upper, lower = weight.chunk(2)
+        dx = (first @ upper).addmm_(second, lower)
+        dweight = torch.empty_like(weight)
+        for dout, half in zip((first, second), dweight.chunk(2), strict=True):
+            torch.mm(dout.mT, pixels, out=half)
+        return dx.view_as(x), dweight

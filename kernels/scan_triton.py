@@ -44,6 +44,7 @@ from kernels.scan_triton_parts import (
     zeros_like,
 )
 from kernels.scan_triton_walks import Strip, adjoint_walk_kernel, state_walk_kernel
+from kernels.sum_triton import sum_parts
 
 # Programs per launch, a whole number of waves on the 132 multiprocessors of a Hopper GPU. They
 # are constants, not read from the device, so that the same input gives the same bits on any.
@@ -380,6 +381,7 @@ def scan_2d_backward(dy: Tensor, inputs: ScanInputs, fixed_A: bool = False) -> S
     dx_dbl = torch.empty_like(x_dbl)
     dW = torch.empty_like(dt_projs_weight)
     dbias = torch.empty_like(dt_projs_bias)
+    dDs = torch.empty_like(Ds)
     dA_logs = torch.empty_like(A_logs) if wants_dA else A_logs.new_empty(0)
 
     sizes = height, width, chunk_size, num_chunks
@@ -417,14 +419,14 @@ def scan_2d_backward(dy: Tensor, inputs: ScanInputs, fixed_A: bool = False) -> S
                 ACC=acc, num_warps=4,
             )  # fmt: skip
             done = slice(k, k + directions)
-            torch.sum(dW_parts, 1, out=dW[done])
-            torch.sum(dbias_parts, 1, out=dbias[done])
+            sum_parts(dW_parts.flatten(2), dW[done])
+            sum_parts(dbias_parts, dbias[done])
             if wants_dA:
                 dA = dA_parts.sum(1).transpose(1, 2)
                 dA_logs.view(4, dim, dstate)[done] = dA
         if directions > 1:
-            torch.sum(dx_sum, 0, out=dx, dtype=x.dtype)
-    dDs = dD_parts.sum(0).repeat(4)
+            sum_parts(dx_sum.flatten(1)[None], dx)
+        sum_parts(dD_parts.expand(4, -1, -1), dDs)
     if fixed_A:
         dA_logs = dA_logs.new_empty(0)
     return ScanInputs(dx, dx_dbl, dW, dbias, dA_logs, dDs)

@@ -22,7 +22,7 @@ def fuses_window_attention(x: Tensor, window_size: int) -> bool:
     )
 
 
-def window_attention(qkv: Tensor, bias: Tensor, shift: int) -> Tensor:
+def window_attention(qkv: Tensor, position: Tensor, shift: int) -> Tensor:
     """Multi-head self-attention of the pixels of each window.
 
     Logits are divided by the root of a head's width. Softmax is float32. Differentiable once in
@@ -31,33 +31,34 @@ def window_attention(qkv: Tensor, bias: Tensor, shift: int) -> Tensor:
     Args:
         qkv: (batch, height, width, 3 * heads * dim) in half precision: queries, keys and values of
             all heads, of a map for which `fuses_window_attention` holds.
-        bias: (heads, p * p, p * p), added to the logits of each pair of pixels of windows of p x p.
+        position: (heads, 2 p - 1, 2 p - 1) for windows of p x p pixels: entry i - j + p - 1 of both
+            axes is added to the logit of pixel i's query with pixel j's key.
         shift: pixels by which the windows are moved up and left, below p. Pixels that become
             neighbours only because windows wrap around the map's end do not see each other.
 
     Returns:
         (batch, height, width, heads * dim) in qkv's dtype.
     """
-    return _operator(qkv.contiguous(), bias.contiguous(), shift)
+    return _operator(qkv.contiguous(), position.contiguous(), shift)
 
 
 @torch.library.custom_op("mambavc::window_attention", mutates_args=())
-def _operator(qkv: Tensor, bias: Tensor, shift: int) -> Tensor:
+def _operator(qkv: Tensor, position: Tensor, shift: int) -> Tensor:
     from kernels.window_attention_triton import window_attention_forward
 
-    return window_attention_forward(qkv, bias, shift)
+    return window_attention_forward(qkv, position, shift)
 
 
 @torch.library.custom_op("mambavc::window_attention_backward", mutates_args=())
 def _backward_operator(
-    dout: Tensor, qkv: Tensor, bias: Tensor, shift: int
+    dout: Tensor, qkv: Tensor, position: Tensor, shift: int
 ) -> tuple[Tensor, Tensor]:
     from kernels.window_attention_triton import window_attention_backward
 
-    return window_attention_backward(dout, qkv, bias, shift)
+    return window_attention_backward(dout, qkv, position, shift)
 
 
-def _result(qkv: Tensor, bias: Tensor, shift: int) -> Tensor:
+def _result(qkv: Tensor, position: Tensor, shift: int) -> Tensor:
     return qkv.new_empty(*qkv.shape[:3], qkv.shape[3] // 3)
 
 

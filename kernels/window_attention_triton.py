@@ -4,8 +4,9 @@ A program owns a head of a window, whose pixels it finds in the map wherever shi
 nothing is rolled or copied. The backward kernel forms the probabilities again.
 
 Prefixes: `i_` program or loop index, `o_` offsets, `m_` mask, `p_` pointer, `b_` block value. A
-token is a pixel of a window. The bias's gradient is kept per program and added by `torch.sum`, so
-that it does not depend on the order in which programs run.
+token is a pixel of a window, and its logit with another one gets a bias for the way from there to
+here. The gradient of these biases is kept per program and added in a fixed order, so that it does
+not depend on the order in which programs run.
 """
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 GRAD_PROGRAMS = 264  # about two for each of an H100's multiprocessors
 WARPS = 4
+SUM_ROWS = 16
 
 
 @triton.jit
@@ -34,6 +36,15 @@ def _window(i_window, height, width, SIDE: tl.constexpr, SHIFT: tl.constexpr):
     o_region = tl.where((i_row == rows - 1) & (o_t // SIDE >= SIDE - SHIFT), 2, 0)
     o_region += tl.where((i_column == columns - 1) & (o_t % SIDE >= SIDE - SHIFT), 1, 0)
     return o_pixel, o_region[:, None] != o_region[None, :]
+
+
+@triton.jit
+def _ways(SIDE: tl.constexpr):
+    """For each pair of tokens, the entry of a head's (2 SIDE - 1, 2 SIDE - 1) biases."""
+    o_t = tl.arange(0, SIDE * SIDE)
+    o_row = (o_t // SIDE)[:, None] - (o_t // SIDE)[None, :] + (SIDE - 1)
+    o_column = (o_t % SIDE)[:, None] - (o_t % SIDE)[None, :] + (SIDE - 1)
+    return o_row * (2 * SIDE - 1) + o_column
 
 
 @triton.jit
@@ -59,7 +70,7 @@ def _probabilities(b_q, b_k, b_bias, m_hidden, SCALE: tl.constexpr):
 @triton.jit(do_not_specialize=["height", "width"])
 def _window_attention_kernel(
     qkv,  # (batch, height, width, 3, heads, DIM)
-    bias,  # (heads, tokens, tokens)
+    position,  # (heads, ways)
     out,  # (batch, height, width, heads, DIM)
     height,
     width,
@@ -70,10 +81,10 @@ def _window_attention_kernel(
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    TOKENS: tl.constexpr = SIDE * SIDE
+    WAYS: tl.constexpr = (2 * SIDE - 1) * (2 * SIDE - 1)
     i_head = tl.program_id(1)
-    o_pair = tl.arange(0, TOKENS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-    b_bias = tl.load(bias + i_head * (TOKENS * TOKENS) + o_pair).to(tl.float32)
+    o_way = _ways(SIDE)
+    b_bias = tl.load(position + i_head * WAYS + o_way).to(tl.float32)
     o_pixel, m_hidden = _window(tl.program_id(0), height, width, SIDE, SHIFT)
     b_q, b_k, b_v, _, m_q = _load_qkv(qkv, o_pixel, i_head, heads, DIM, BLOCK_D)
     b_p = _probabilities(b_q, b_k, b_bias, m_hidden, SCALE)
@@ -86,9 +97,9 @@ def _window_attention_kernel(
 def _window_attention_grad_kernel(
     dout,  # (batch, height, width, heads, DIM)
     qkv,  # (batch, height, width, 3, heads, DIM)
-    bias,  # (heads, tokens, tokens)
+    position,  # (heads, ways)
     dqkv,  # like qkv, out
-    partial,  # (programs, heads, tokens, tokens), out: gradient of the bias
+    partial,  # (programs, heads, ways, tokens), out: gradients by logits of those tokens
     windows,
     height,
     width,
@@ -100,9 +111,10 @@ def _window_attention_grad_kernel(
     BLOCK_D: tl.constexpr,
 ):
     TOKENS: tl.constexpr = SIDE * SIDE
+    WAYS: tl.constexpr = (2 * SIDE - 1) * (2 * SIDE - 1)
     i_head = tl.program_id(1)
-    o_pair = tl.arange(0, TOKENS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-    b_bias = tl.load(bias + i_head * (TOKENS * TOKENS) + o_pair).to(tl.float32)
+    o_way = _ways(SIDE)
+    b_bias = tl.load(position + i_head * WAYS + o_way).to(tl.float32)
     b_dbias = tl.zeros([TOKENS, TOKENS], tl.float32)
     for i_window in range(tl.program_id(0), windows, tl.num_programs(0)):
         o_pixel, m_hidden = _window(i_window, height, width, SIDE, SHIFT)
@@ -121,13 +133,41 @@ def _window_attention_grad_kernel(
         tl.store(dqkv + o_q + heads * DIM, b_dk.to(dqkv.dtype.element_ty), mask=m_q)
         tl.store(dqkv + o_q + 2 * heads * DIM, b_dv.to(dqkv.dtype.element_ty), mask=m_q)
     i_part = tl.program_id(0).to(tl.int64) * heads + i_head
-    tl.store(partial + i_part * (TOKENS * TOKENS) + o_pair, b_dbias)
+    # One way is that of as many pairs as tokens at most, of one pair for each query.
+    o_slot = o_way * TOKENS + tl.arange(0, TOKENS)[:, None]
+    tl.store(partial + i_part * (WAYS * TOKENS) + o_slot, b_dbias)
 
 
-def _launch_arguments(qkv: Tensor, bias: Tensor, shift: int):
+@triton.jit(do_not_specialize=["programs"])
+def _position_grad_kernel(
+    partial,  # (programs, heads, ways, tokens)
+    dposition,  # (heads, ways), out
+    programs,
+    SIDE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The sum over the pairs of one way, of which only those that exist have been written."""
+    i_way = tl.program_id(0)
+    i_sum = tl.program_id(1) * tl.num_programs(0) + i_way
+    stride = tl.num_programs(1).to(tl.int64) * tl.num_programs(0) * (SIDE * SIDE)
+    o_t = tl.arange(0, SIDE * SIDE)
+    o_row = o_t // SIDE - (i_way // (2 * SIDE - 1) - (SIDE - 1))
+    o_column = o_t % SIDE - (i_way % (2 * SIDE - 1) - (SIDE - 1))
+    m_t = (o_row >= 0) & (o_row < SIDE) & (o_column >= 0) & (o_column < SIDE)
+    o_r = tl.arange(0, BLOCK_R)
+    p_parts = partial + i_sum * (SIDE * SIDE) + o_r[:, None] * stride + o_t[None, :]
+    b_sum = tl.zeros([BLOCK_R, SIDE * SIDE], tl.float32)
+    for i in range(0, programs, BLOCK_R):
+        m_parts = (i + o_r < programs)[:, None] & m_t[None, :]
+        b_sum += tl.load(p_parts + i * stride, mask=m_parts, other=0.0)
+    b_dposition = tl.sum(tl.sum(b_sum, 1), 0)
+    tl.store(dposition + i_sum, b_dposition.to(dposition.dtype.element_ty))
+
+
+def _launch_arguments(qkv: Tensor, position: Tensor, shift: int):
     batch, height, width, channels = qkv.shape
-    heads, tokens, _ = bias.shape
-    side = int(tokens**0.5)
+    heads, ways, _ = position.shape
+    side = (ways + 1) // 2
     dim = channels // (3 * heads)
     windows = batch * (height // side) * (width // side)
     constants = {
@@ -141,29 +181,34 @@ def _launch_arguments(qkv: Tensor, bias: Tensor, shift: int):
     return windows, heads, constants
 
 
-def window_attention_forward(qkv: Tensor, bias: Tensor, shift: int) -> Tensor:
+def window_attention_forward(qkv: Tensor, position: Tensor, shift: int) -> Tensor:
     """See `kernels.window_attention`; all inputs contiguous."""
     batch, height, width, channels = qkv.shape
     out = qkv.new_empty(batch, height, width, channels // 3)
-    windows, heads, constants = _launch_arguments(qkv, bias, shift)
+    windows, heads, constants = _launch_arguments(qkv, position, shift)
     with torch.cuda.device_of(qkv):
         _window_attention_kernel[(windows, heads)](
-            qkv, bias, out, height, width, heads, **constants
+            qkv, position, out, height, width, heads, **constants
         )
     return out
 
 
 def window_attention_backward(
-    dout: Tensor, qkv: Tensor, bias: Tensor, shift: int
+    dout: Tensor, qkv: Tensor, position: Tensor, shift: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of qkv and bias; all inputs contiguous."""
+    """Gradients of qkv and position; all inputs contiguous."""
     _, height, width, _ = qkv.shape
-    windows, heads, constants = _launch_arguments(qkv, bias, shift)
+    windows, heads, constants = _launch_arguments(qkv, position, shift)
     programs = min(windows, max(1, GRAD_PROGRAMS // heads))
-    dqkv = torch.empty_like(qkv)
-    partial = torch.empty(programs, *bias.shape, dtype=torch.float32, device=qkv.device)
+    dqkv, dposition = torch.empty_like(qkv), torch.empty_like(position)
+    ways = dposition[0].numel()
+    tokens = constants["SIDE"] ** 2
+    partial = torch.empty(programs, heads, ways, tokens, dtype=torch.float32, device=qkv.device)
     with torch.cuda.device_of(qkv):
         _window_attention_grad_kernel[(programs, heads)](
-            dout, qkv, bias, dqkv, partial, windows, height, width, heads, **constants
+            dout, qkv, position, dqkv, partial, windows, height, width, heads, **constants
         )
-    return dqkv, partial.sum(0).to(bias.dtype)
+        _position_grad_kernel[(ways, heads)](
+            partial, dposition, programs, SIDE=constants["SIDE"], BLOCK_R=SUM_ROWS, num_warps=WARPS
+        )
+    return dqkv, dposition

@@ -20,9 +20,14 @@ class DropPath(nn.Module):
             raise ValueError(f"drop_prob must be at least 0 and below 1, got {drop_prob}")
         self.drop_prob = drop_prob
 
+    @property
+    def is_active(self) -> bool:
+        """Whether it does anything, in the mode it is in."""
+        return self.drop_prob > 0 and self.training
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, ...) to the same shape."""
-        if self.drop_prob == 0 or not self.training:
+        if not self.is_active:
             return x
         keep = 1 - self.drop_prob
         return x * x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep).div_(keep)

@@ -12,3 +12,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., dim) to the same shape and dtype."""
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
+
+    def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x itself, to be added to a residual branch, and its norm, from which that starts."""
+        return kernels.fork_layer_norm(x, self.weight, self.bias, self.eps)

@@ -6,7 +6,13 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from kernels import depthwise_conv_silu, norm_gate, project, selective_scan_2d
+from kernels import (
+    depthwise_conv_silu,
+    norm_gate,
+    project,
+    project_halves,
+    selective_scan_2d,
+)
 
 DIRECTIONS = 4  # row-major, column-major, and both reversed
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # Mamba's range of initial step sizes
@@ -126,11 +132,15 @@ class SS2D(nn.Module):
     def forward(self, u: Tensor) -> Tensor:
         """Map (batch, height, width, dim) to the same shape."""
         # Two products instead of one that is split: both maps come out dense.
-        x_weight, z_weight = self.in_proj.weight.chunk(2)
-        x = depthwise_conv_silu(project(u, x_weight), self.conv2d.weight, self.conv2d.bias)
+        if torch.is_grad_enabled():
+            x, z = project_halves(u, self.in_proj.weight)
+        else:  # z is as large as x, and made when that is no longer needed
+            x_weight, z_weight = self.in_proj.weight.chunk(2)
+            x, z = project(u, x_weight), None
+        x = depthwise_conv_silu(x, self.conv2d.weight, self.conv2d.bias)
         y = selective_scan_2d(x, *self.scan_parameters(), fixed_A=self._has_fixed_A())
-        del x  # the gate follows with maps of the same size
-        z = project(u, z_weight)
+        del x
+        z = project(u, z_weight) if z is None else z
         norm = self.out_norm
         gated = norm_gate(y, z, norm.weight, norm.bias, norm.eps)
         return project(gated, self.out_proj.weight)

@@ -9,7 +9,7 @@ from torch import Tensor
 import kernels
 
 from .compressai import conv1x1, conv3x3
-from .conv_chain import ConvChain
+from .conv_chain import Conv1x1, at_each_pixel, fused
 from .drop_path import DropPath
 from .layer_norm import LayerNorm
 
@@ -75,11 +75,12 @@ class WindowAttention(nn.Module):
         windows = self.relative_position_params.unfold(1, p, 1).unfold(2, p, 1)
         return windows.flip(-2, -1).reshape(self.num_heads, p * p, p * p)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, height, width, dim) to the same shape."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Map (batch, height, width, dim) to the same shape, and add a residual if there is one."""
         if kernels.fuses_window_attention(x, self.window_size):
-            qkv = self.embedding_layer(x)
-            return self.linear(kernels.window_attention(qkv, self.position_bias(), self.shift))
+            qkv = at_each_pixel([self.embedding_layer], x)
+            x = kernels.window_attention(qkv, self.relative_position_params, self.shift)
+            return at_each_pixel([self.linear], x, residual)
         height, width = x.shape[1:3]
         p = self.window_size
         is_padded = height % p > 0 or width % p > 0
@@ -107,7 +108,9 @@ class WindowAttention(nn.Module):
 
         if self.shift:
             x = x.roll((self.shift, self.shift), dims=(1, 2))
-        return x[:, :height, :width] if is_padded else x
+        if is_padded:
+            x = x[:, :height, :width]
+        return x if residual is None else residual + x
 
 
 class SwinBlock(nn.Module):
@@ -136,9 +139,14 @@ class SwinBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        x = x + self.drop_path(self.msa(self.ln1(x)))
-        return (x + self.drop_path(self.mlp(self.ln2(x)))).permute(0, 3, 1, 2)
+        x, norm = self.ln1.fork(x.permute(0, 2, 3, 1))
+        if self.drop_path.is_active:
+            x, norm = self.ln2.fork(x + self.drop_path(self.msa(norm)))
+            x = x + self.drop_path(self.mlp(norm))
+        else:
+            x, norm = self.ln2.fork(self.msa(norm, residual=x))
+            x = at_each_pixel(self.mlp, norm, residual=x)
+        return x.permute(0, 3, 1, 2)
 
 
 class _ResidualUnit(nn.Module):
@@ -146,19 +154,37 @@ class _ResidualUnit(nn.Module):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.conv = ConvChain(
+        self.conv = nn.Sequential(
             conv1x1(dim, dim // 2),
             nn.ReLU(inplace=True),
             conv3x3(dim // 2, dim // 2),
             nn.ReLU(inplace=True),
             conv1x1(dim // 2, dim),
         )
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, dim, height, width) to the same shape."""
-        if kernels.fuses_convolutions(x):
-            return self.conv.fused(x, last="relu", residual=True)
-        return F.relu(self.conv(x) + x, inplace=True)
+        return self.relu(self.conv(x) + x)
+
+
+class _ResidualUnits(nn.Sequential):
+    """Residual units, and perhaps convolutions behind: one chain in half precision on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (batch, dim, height, width) to the same shape."""
+        if not kernels.fuses_convolutions(x):
+            return super().forward(x)
+        layers, skips, count = [], {}, 0
+        for part in self:
+            if isinstance(part, _ResidualUnit):
+                layers += [*part.conv, part.relu]
+                skips[count + 2] = count  # its third convolution adds what its first one reads
+                count += 3
+            else:
+                layers.append(part)
+                count += 1
+        return fused(layers, x, skips=skips)
 
 
 class SwinAttentionBlock(nn.Module):
@@ -177,16 +203,16 @@ class SwinAttentionBlock(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, head_dim: int, window_size: int):
         super().__init__()
-        self.conv_a = nn.Sequential(*[_ResidualUnit(hidden_dim) for _ in range(3)])
-        self.conv_b = nn.Sequential(
+        self.conv_a = _ResidualUnits(*[_ResidualUnit(hidden_dim) for _ in range(3)])
+        self.conv_b = _ResidualUnits(
             *[_ResidualUnit(hidden_dim) for _ in range(3)], conv1x1(hidden_dim, hidden_dim)
         )
-        self.in_conv = conv1x1(dim, hidden_dim)
+        self.in_conv = Conv1x1(dim, hidden_dim)
         self.non_local_block = nn.Sequential()
         for name, shift in (("block_1", 0), ("block_2", window_size // 2)):
             block = SwinBlock(hidden_dim, head_dim, window_size, shift)
             self.non_local_block.add_module(name, block)
-        self.out_conv = conv1x1(hidden_dim, dim)
+        self.out_conv = Conv1x1(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, dim, height, width) to the same shape."""

@@ -23,5 +23,5 @@ class VSSBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
-        return (x + self.drop_path(self.op(self.norm(x)))).permute(0, 3, 1, 2)
+        x, norm = self.norm.fork(x.permute(0, 2, 3, 1))
+        return (x + self.drop_path(self.op(norm))).permute(0, 3, 1, 2)

@@ -131,11 +131,14 @@ class SliceHyperprior(CompressionModel):
             return round_from(predictions[i][0], y_slices[i])
 
         y_hat = self.slices(z_hat, round_slice)
+        # Before the likelihoods, so that a backward pass begins with those: what follows from them
+        # then runs beside what follows from the picture, where a GPU does both (`side_by_side`).
+        x_hat = self.synthesise(y_hat, gain.y_dec, precision)[..., :height, :width]
         mu, scale = (torch.cat(parts, dim=1) for parts in zip(*predictions, strict=True))
         with torch.autocast(y.device.type, enabled=False):
             _, y_likelihoods = self.gaussian_conditional(y, scale, mu)
         return {
-            "x_hat": self.synthesise(y_hat, gain.y_dec, precision)[..., :height, :width],
+            "x_hat": x_hat,
             "likelihoods": {"y": y_likelihoods, "z": z_likelihoods},
         }
 

@@ -392,9 +392,9 @@ class _ExactPredictor(SlicePredictor):
 
     side: torch.cuda.Stream | None
 
-    def both(self, of_means: Callable, of_scales: Callable) -> tuple:
+    def both(self, of_means: Callable, of_scales: Callable, *inputs: Tensor) -> tuple:
         if self.side is None:
-            return super().both(of_means, of_scales)
+            return super().both(of_means, of_scales, *inputs)
         current = torch.cuda.current_stream()
         self.side.wait_stream(current)
         with torch.cuda.stream(self.side):

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from kernels.graphs import side_by_side
 from layers.compressai import EntropyBottleneck, GaussianConditional
 
 from .container import BitstreamError
@@ -127,7 +128,7 @@ class SlicePredictor:
 
     def transform(self, z_hat: Tensor) -> tuple[Tensor, Tensor]:
         """What all slices' means and all slices' scales are predicted from."""
-        return self.both(lambda: self.h_mean_s(z_hat), lambda: self.h_scale_s(z_hat))
+        return self.both(lambda: self.h_mean_s(z_hat), lambda: self.h_scale_s(z_hat), z_hat)
 
     def predict(
         self, i: int, latent_means: Tensor, latent_scales: Tensor, *support: Tensor
@@ -142,11 +143,18 @@ class SlicePredictor:
             scale_support = self.atten_scale[i](torch.cat([latent_scales, *support], dim=1))
             return self.cc_scale_transforms[i](scale_support)
 
-        (mu, mean_support), scale = self.both(predict_mean, predict_scale)
+        inputs = latent_means, latent_scales, *support
+        (mu, mean_support), scale = self.both(predict_mean, predict_scale, *inputs)
         return mu, scale, mean_support
 
-    def both(self, of_means: Callable, of_scales: Callable) -> tuple:
-        """Results of two functions that need nothing of each other, each a part of the network."""
+    def both(self, of_means: Callable, of_scales: Callable, *inputs: Tensor) -> tuple:
+        """Results of two functions that need nothing of each other, each a part of the network.
+
+        Args:
+            inputs: what they read.
+        """
+        if torch.is_grad_enabled():
+            return tuple(side_by_side([of_means, of_scales], inputs))
         return of_means(), of_scales()
 
     def correct(self, i: int, mean_support: Tensor, y_hat_slice: Tensor) -> Tensor:

@@ -2,19 +2,23 @@
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from stage_checks import DEVICE, check, needs_kernels, with_gradients
 
-from kernels import backends, conv_chain, fuses_convolutions
+from kernels import backends, conv_chain, fuses_convolutions, fuses_products
+from layers.conv_chain import at_each_pixel
 
 pytestmark = needs_kernels
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, None: lambda x: x}
-CASES = {
-    "residual-unit": ((2, 24, 5, 7), [(12, 1), (12, 3), (24, 1)], ["relu"] * 3, True),
-    "slice-transform": ((1, 40, 8, 8), [(33, 3), (20, 3), (4, 3)], ["gelu", "gelu", None], False),
-    "one-pixel": ((1, 16, 1, 1), [(16, 3)], ["gelu"], True),
-    "pixels-in-shares": ((4, 8, 16, 16), [(16, 1), (8, 3)], ["relu", None], True),
+UNIT = [(12, 1), (12, 3), (24, 1)]
+CASES = {  # x, (width, side) of layers, activations, which layers add which maps
+    "residual-unit": ((2, 24, 5, 7), UNIT, ["relu"] * 3, {2: 0}),
+    "two-units": ((1, 24, 4, 4), [*UNIT, *UNIT, (8, 1)], ["relu"] * 6 + [None], {2: 0, 5: 3}),
+    "slice-transform": ((1, 40, 8, 8), [(33, 3), (20, 3), (4, 3)], ["gelu", "gelu", None], {}),
+    "one-pixel": ((1, 16, 1, 1), [(16, 3)], ["gelu"], {0: 0}),
+    "pixels-in-shares": ((4, 8, 16, 16), [(16, 1), (8, 3)], ["relu", None], {1: 0}),
 }
 
 
@@ -27,7 +31,7 @@ def kernels_run(monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_chain_is_pytorchs(case, monkeypatch):
     """In float32: rounded to half precision, some values would pass a ReLU on one side only."""
-    shape, layers, activations, residual = CASES[case]
+    shape, layers, activations, skips = CASES[case]
     dtype = torch.float32
     monkeypatch.setattr(backends, "half_precision", lambda x: dtype)
     x = torch.randn(shape, device=DEVICE).to(dtype)
@@ -38,19 +42,38 @@ def test_chain_is_pytorchs(case, monkeypatch):
         width = out
 
     def reference(x, *parameters):
-        y = x
+        maps = [x]
         for i, name in enumerate(activations):
             weight, bias = parameters[2 * i : 2 * i + 2]
-            y = F.conv2d(y, weight, bias, padding=weight.shape[-1] // 2)
-            y = ACTIVATIONS[name](y + x if residual and i == len(activations) - 1 else y)
-        return y
+            y = F.conv2d(maps[-1], weight, bias, padding=weight.shape[-1] // 2)
+            maps.append(ACTIVATIONS[name](y + maps[skips[i]] if i in skips else y))
+        return maps[-1]
 
     parameters = [p for pair in zip(weights, biases, strict=True) for p in pair]
     inputs = [value.requires_grad_() for value in (x, *parameters)]
-    out = conv_chain(x, weights, biases, activations, residual)
+    out = conv_chain(x, weights, biases, activations, skips=skips)
     dout = torch.randn_like(out)
     results = out.detach(), *torch.autograd.grad(out, inputs, dout)
     check(results, with_gradients(reference, inputs, dout), inputs)
+
+
+def test_linear_layers_run_the_kernels(monkeypatch):
+    """With a residual that is not the chain's own map."""
+    layers = nn.Sequential(nn.Linear(20, 33), nn.GELU(), nn.Linear(33, 12)).to(DEVICE)
+    x, residual = (torch.randn(2, 3, 5, width, device=DEVICE) for width in (20, 12))
+    inputs = [value.requires_grad_() for value in (x, residual, *layers.parameters())]
+    dout = torch.randn(2, 3, 5, 12, device=DEVICE)
+    expected = layers(x) + residual
+    expected = expected.detach(), torch.autograd.grad(expected, inputs, dout)
+    monkeypatch.setattr(backends, "half_precision", lambda x: x.dtype)
+    out = at_each_pixel(layers, x, residual)
+    check((out.detach(), *torch.autograd.grad(out, inputs, dout)), expected, inputs)
+
+
+def test_many_pixels_are_left_to_libraries_where_one_product_is_asked_for():
+    x = torch.empty(1, 1, device=DEVICE, dtype=torch.bfloat16)
+    assert fuses_products(x.expand(1, 8, 128, 256))
+    assert not fuses_products(x.expand(1, 8, 129, 256))
 
 
 def test_only_half_precision_is_taken_over():

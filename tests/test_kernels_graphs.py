@@ -1,11 +1,13 @@
 """graphs.py: what a replay computes is what the functions compute. Needs a GPU."""
 
+import gc
+
 import pytest
 import torch
 from conftest import SHALLOW, gained_model
 
 import models
-from kernels.graphs import GraphedGradients, GraphedUpdate, Replay
+from kernels.graphs import GraphedGradients, GraphedUpdate, Replay, side_by_side
 from layers.swin import SwinBlock
 from training.optim import make_optimizers
 
@@ -60,6 +62,50 @@ def test_graphed_steps_are_the_eager_steps(optimizer):
     assert moved > 0
     assert (graphed - eager).norm() < 1e-2 * moved
     torch.testing.assert_close(graphed_losses, eager_losses, rtol=1e-3, atol=0)
+
+
+def test_branches_keep_their_memory():
+    """A branch's backward pass is slow, and much memory is taken and given back meanwhile."""
+    weight = torch.eye(64, device="cuda", requires_grad=True)
+    x = torch.randn(2048, 64, device="cuda")
+
+    def gradients(x):
+        shared = (x + 1).requires_grad_()
+
+        def slow():
+            y = shared
+            for _ in range(50):
+                y = (y @ weight).sin()
+            return y
+
+        quick, other = side_by_side([lambda: shared * 2, slow], [shared])
+        for _ in range(50):
+            quick = quick.cos() * 1.01
+        loss = (quick * other.detach()).mean() + other.square().mean()
+        loss.backward()
+        return loss.detach()
+
+    expected = gradients(x), weight.grad
+    weight.grad = None
+    graphed = GraphedGradients(gradients, [weight], x)
+    for _ in range(20):
+        # Library products may take other algorithms in a capture.
+        torch.testing.assert_close(graphed(x), expected[0], rtol=1e-4, atol=0)
+        torch.testing.assert_close(weight.grad, expected[1], rtol=1e-3, atol=1e-6)
+
+
+def test_nothing_is_collected_during_a_capture():
+    """What ends a graph that is no longer used, in a cycle of references, would end a capture."""
+    seen = []
+
+    def gradients(x):
+        seen.append(gc.isenabled())
+        (x * weight).sum().backward()
+        return x
+
+    weight = torch.ones((), device="cuda", requires_grad=True)
+    GraphedGradients(gradients, [weight], torch.ones(3, device="cuda"))
+    assert seen[0] and not seen[-1] and gc.isenabled()
 
 
 def test_replayed_updates_count_as_changes():

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from stage_checks import CUDA, DEVICE, check, error, needs_kernels, with_gradients
 
-from kernels import backends, layer_norm, norm_gate
+from kernels import backends, fork_layer_norm, layer_norm, norm_gate
 
 SHAPES = [
     pytest.param((1, 1, 1, 32), id="one-row-of-a-tile"),
@@ -140,6 +140,22 @@ def test_norm_without_a_gate(way, dtype):
     expected = with_gradients(lambda x, w, b: F.layer_norm(x, w.shape, w, b), inputs, dout)
     check(results, expected, inputs)
     assert layer_norm(x[:0], weight, bias).shape == (0, 33)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_fork_adds_both_gradients(way, dtype):
+    x, _, weight, bias = make_inputs((37, 33), dtype)
+    inputs = [value.requires_grad_() for value in (x, weight, bias)]
+    same, norm = fork_layer_norm(*inputs)
+    assert torch.equal(same, x)
+    out = torch.cat((same, norm))
+    dout = torch.randn_like(out)
+    results = out.detach(), *torch.autograd.grad(out, inputs, dout)
+
+    def reference(x, weight, bias):
+        return torch.cat((x, F.layer_norm(x, weight.shape, weight, bias)))
+
+    check(results, with_gradients(reference, inputs, dout), inputs)
 
 
 @needs_kernels

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import project
+from kernels import backends, project, project_halves
 
 MAPS = {
     "dense": lambda: torch.randn(2, 5, 7, 24),
@@ -29,5 +29,23 @@ def test_it_is_a_linear_layer(name):
     # Sums of up to 70 products of normal numbers: 1e-5 is what float32 leaves.
     for actual, wanted in zip(
         gradients, torch.autograd.grad(expected, (x, weight), dy), strict=True
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dense", "slice", "channels first"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_halves_are_two_products(name, fused, monkeypatch):
+    monkeypatch.setattr(backends, "half_precision", lambda x: x.dtype if fused else None)
+    x = MAPS[name]().requires_grad_()
+    weight = torch.randn(10, 24, requires_grad=True)
+    halves = project_halves(x, weight)
+    expected = F.linear(x, weight)
+    torch.testing.assert_close(torch.cat(halves, dim=-1), expected)
+    dout = torch.randn_like(expected)
+    for actual, wanted in zip(
+        torch.autograd.grad(halves, (x, weight), dout.chunk(2, dim=-1)),
+        torch.autograd.grad(expected, (x, weight), dout),
+        strict=True,
     ):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from stage_checks import DEVICE, check, needs_kernels, with_gradients
+from torch.func import functional_call
 
 from kernels import backends, fuses_window_attention, window_attention
 from layers import WindowAttention
@@ -19,16 +20,15 @@ def test_kernels_are_the_layers_formula(shape, shift, monkeypatch):
         layer.linear.weight.copy_(torch.eye(heads * dim))
         layer.linear.bias.zero_()
     qkv = torch.randn(*shape, 3 * heads * dim, device=DEVICE)
-    bias = torch.randn(heads, 16, 16, device=DEVICE)
-    inputs = [value.requires_grad_() for value in (qkv, bias)]
-    out = window_attention(qkv, bias, shift)
+    position = torch.randn(heads, 7, 7, device=DEVICE)
+    inputs = [value.requires_grad_() for value in (qkv, position)]
+    out = window_attention(qkv, position, shift)
     dout = torch.randn_like(out)
     results = out.detach(), *torch.autograd.grad(out, inputs, dout)
 
-    def formula(qkv, bias):
+    def formula(qkv, position):
         monkeypatch.setattr(layer, "embedding_layer", torch.nn.Identity())
-        monkeypatch.setattr(layer, "position_bias", lambda: bias)
-        return layer(qkv)
+        return functional_call(layer, {"relative_position_params": position}, qkv)
 
     check(results, with_gradients(formula, inputs, dout), inputs)
 
@@ -48,8 +48,8 @@ def test_layer_runs_the_kernels_in_half_precision_on_whole_windows(monkeypatch):
 
 
 def test_operators_pass_opcheck():
-    qkv, bias = torch.randn(1, 4, 8, 30, device=DEVICE), torch.randn(2, 16, 16, device=DEVICE)
-    inputs = [value.requires_grad_() for value in (qkv, bias)]
+    qkv, position = torch.randn(1, 4, 8, 30, device=DEVICE), torch.randn(2, 7, 7, device=DEVICE)
+    inputs = [value.requires_grad_() for value in (qkv, position)]
     torch.library.opcheck(torch.ops.mambavc.window_attention.default, (*inputs, 2))
     inputs = [torch.randn(1, 4, 8, 10, device=DEVICE), *(value.detach() for value in inputs)]
     torch.library.opcheck(torch.ops.mambavc.window_attention_backward.default, (*inputs, 2))

@@ -1,5 +1,6 @@
 """Optimisers, learning-rate schedules and the split of parameters between them."""
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -9,6 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.optim import Adam, Optimizer
 
+from kernels.graphs import side_by_side
 from layers.ss2d import SS2D, is_fixed
 from utils import UsageError
 
@@ -18,6 +20,9 @@ _MATRIX_STACKS = ("x_proj_weight", "dt_projs_weight")
 # Quintic whose iterates push all singular values towards 1, tuned for speed at zero rather than
 # for convergence: five steps bring them to about [0.7, 1.2] (Jordan et al., "Muon", 2024).
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+# Of an update in a CUDA graph: most of its products are too small for a GPU.
+BRANCHES = 4
 
 
 def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -176,8 +181,15 @@ class Muon(Optimizer):
                 by_size[_padded_size(*shape)].append(entries)
             # A tensor without dimensions would be rounded to the precision of the updates.
             rate = params[0].new_empty(1).fill_(group["lr"])
-            for size, shapes in by_size.items():
-                self._update(size, shapes, rate)
+
+            sizes = list(by_size.items())
+            shares = [sizes[i::BRANCHES] for i in range(BRANCHES)]
+            branches = [functools.partial(self._update_all, share, rate) for share in shares]
+            side_by_side(branches, [rate])
+
+    def _update_all(self, sizes: Sequence[tuple], rate: Tensor) -> None:
+        for size, shapes in sizes:
+            self._update(size, shapes, rate)
 
     def _update(
         self,

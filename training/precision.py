@@ -34,6 +34,8 @@ class LowPrecision:
     def __call__(self, *args):
         dtype = torch.get_autocast_dtype(self.weights[0].device.type)
         copies = _CastTogether.apply(dtype, *self.weights)
+        # Branches of a graph read them in the backward pass, by when their memory must be theirs.
+        self.kept = [copy.detach() for copy in copies]
         return functional_call(self.network, dict(zip(self.names, copies, strict=True)), args)
 
 
