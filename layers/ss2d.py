@@ -48,8 +48,11 @@ class _FixedA:
             return False
         if self.known is not None:
             parameter, values, version, answer = self.known
-            same = parameter is A_logs and values.data_ptr() == A_logs.data_ptr()
-            if same and version == A_logs._version:
+            if (
+                parameter is A_logs
+                and values.data_ptr() == A_logs.data_ptr()
+                and version == A_logs._version
+            ):
                 return answer
         if A_logs.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
