@@ -118,9 +118,8 @@ class SS2D(nn.Module):
 
     def _has_fixed_A(self) -> bool:
         if torch.is_grad_enabled() and self.A_logs.requires_grad:
-            if not torch.compiler.is_exporting():  # which has no side effects
-                # An update may follow, and fused optimisers count no change in a tensor's version.
-                self._is_fixed.forget()
+            # An update may follow, and fused optimisers count no change in a tensor's version.
+            self._is_fixed.forget()
             return False
         return self._is_fixed(self.A_logs)
 
