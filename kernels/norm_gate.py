@@ -98,20 +98,23 @@ def _formula(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> 
     tensors = (y, z, weight, bias)
     wants_gradients = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if wants_gradients or y.device.type != "cpu" or torch.compiler.is_compiling():
-        return _norm_times_gate(*tensors, eps).contiguous()
+        norm, gate = _norm_and_gate(*tensors, eps)
+        return (norm * gate).to(y.dtype).contiguous()
     out = torch.empty_like(y, memory_format=torch.contiguous_format)
     rows = max(PART // y.shape[-1], 1)
     maps = (t.flatten(0, -2).split(rows) for t in (out, y, z))
     for part, y_part, z_part in zip(*maps, strict=True):
-        part.copy_(_norm_times_gate(y_part, z_part, weight, bias, eps))
+        torch.mul(*_norm_and_gate(y_part, z_part, weight, bias, eps), out=part)
     return out
 
 
-def _norm_times_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _norm_and_gate(
+    y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(y.dtype, torch.float32)
     with torch.autocast(y.device.type, enabled=False):  # it would change the precision
         norm = F.layer_norm(y.to(dtype), weight.shape, weight.to(dtype), bias.to(dtype), eps)
-        return (norm * F.silu(z.to(dtype))).to(y.dtype)
+        return norm, F.silu(z.to(dtype))
 
 
 # The operators run Triton kernels on whatever device the tensors are: on a GPU, or, for tests, on

@@ -54,8 +54,11 @@ class _FixedA:
             return False
         if self.known is not None:
             parameter, values, version, answer = self.known
-            same = parameter is A_logs and values.data_ptr() == A_logs.data_ptr()
-            if same and version == A_logs._version:
+            if (
+                parameter is A_logs
+                and values.data_ptr() == A_logs.data_ptr()
+                and version == A_logs._version
+            ):
                 return answer
         if A_logs.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
@@ -123,9 +126,8 @@ class SS2D(nn.Module):
 
     def _has_fixed_A(self) -> bool:
         if torch.is_grad_enabled() and self.A_logs.requires_grad:
-            if not torch.compiler.is_exporting():  # which has no side effects
-                # An update may follow, and fused optimisers count no change in a tensor's version.
-                self._is_fixed.forget()
+            # An update may follow, and fused optimisers count no change in a tensor's version.
+            self._is_fixed.forget()
             return False
         return self._is_fixed(self.A_logs)
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kernels.graphs import Replay
 from layers.compressai import CompressionModel
+from layers.winograd import WinogradConv2d
 
 from . import container
 from .container import BitstreamError, Stream
@@ -467,10 +468,17 @@ def _in_float64(slices: SlicePredictor) -> dict:
         for parent in list(part.modules()):
             for name, layer in list(parent.named_children()):
                 if type(layer) is nn.Conv2d and layer.stride == (1, 1) and layer.groups == 1:
-                    setattr(parent, name, _ProductConv2d(layer))
+                    setattr(parent, name, _exact_convolution(layer))
                 if type(layer) is nn.ConvTranspose2d:
                     setattr(parent, name, _ProductConvTranspose2d(layer))
     return parts
+
+
+def _exact_convolution(layer: nn.Conv2d) -> nn.Module:
+    # Products are what takes a CPU's time, kernels to be launched a GPU's.
+    if layer.kernel_size == (3, 3) and layer.weight.device.type == "cpu":
+        return WinogradConv2d(layer)
+    return _ProductConv2d(layer)
 
 
 def _deterministic_arithmetic() -> contextlib.AbstractContextManager:

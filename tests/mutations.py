@@ -32,6 +32,7 @@ CODING = "tests/test_models_coding.py"
 CHECKPOINT = "tests/test_models_checkpoint.py"
 GAINS = "tests/test_models_gains.py"
 UTILS = "tests/test_utils.py"
+SS2D = "tests/test_layers_ss2d.py"
 # One fault in one or two lines reads better than ruff's seven.
 # fmt: off
 FAULTS = [
@@ -146,6 +147,19 @@ FAULTS = [
     Fault("eval.py", "if overwrites or", "if False and", EVAL, "never_overwritten"),
     Fault("eval.py", "problems[file.name] = str(error)", "pass", EVAL, "skipped_named"),
     Fault("eval.py", "None if value == math.inf else value", "value", EVAL, "every_reader"),
+    # The kernel of a fixed A, where A is not.
+    Fault("layers/ss2d.py", "and version == A_logs._version", "", SS2D, "changed_A"),
+    Fault("layers/ss2d.py", "and values.data_ptr() == A_logs.data_ptr()", "", SS2D,
+          "changed_A or rounded"),
+    Fault("layers/ss2d.py", "return type(self), ()", "return object.__reduce_ex__(self, 2)", SS2D,
+          "copies"),
+    Fault("layers/ss2d.py", "self._is_fixed.forget()", "pass", SS2D, "changed_A or compiled"),
+    Fault("layers/ss2d.py", "if torch.compiler.is_compiling():", "if False:", SS2D, "compiled"),
+    Fault("layers/ss2d.py", "rtol=2**-22, atol=0", "rtol=1e-3, atol=1e-3", SS2D, "other_value"),
+    Fault("kernels/scan.py", "fixed_A = dtype == torch.float32", "pass",
+          "tests/test_kernels_scan.py", "in_float64"),
+    Fault("models/checkpoint.py", "and is_fixed(value)", "and False", CHECKPOINT,
+          "saved_weights"),
     # Checkpoints.
     Fault("models/checkpoint.py", "state_dict[key] = kept.contiguous()",
           "state_dict[key] = kept.contiguous() * 0", CHECKPOINT, "saved_weights"),

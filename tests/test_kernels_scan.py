@@ -86,6 +86,15 @@ def test_float64_maps_are_scanned_in_float64():
     torch.testing.assert_close(y, truth, rtol=1e-4, atol=1e-5)  # the parameters were rounded
 
 
+@needs_numba
+def test_a_promised_A_is_not_taken_for_exact_in_float64():
+    inputs = make_inputs()
+    inputs[4] = torch.arange(1, 5).log().expand(128, 4)  # rounded to float32
+    inputs = [value.double() for value in inputs]
+    expected = selective_scan_2d(*inputs, backend="cpu")
+    assert torch.equal(selective_scan_2d(*inputs, fixed_A=True, backend="cpu"), expected)
+
+
 @pytest.mark.parametrize(
     ("index", "shape", "message"),
     [

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import kernels
 from layers import SS2D, DropPath, SwinAttentionBlock, SwinBlock, VSSBlock, WindowAttention
+from layers.winograd import WinogradConv2d
 
 
 def naive_window_attention(layer: WindowAttention, x: torch.Tensor) -> torch.Tensor:
@@ -32,6 +33,28 @@ def naive_window_attention(layer: WindowAttention, x: torch.Tensor) -> torch.Ten
         logits = torch.einsum("bhc,bmhc->bhm", q[:, i, j], k[:, mi, mj]) * layer.scale + bias
         out[:, i, j] = torch.einsum("bhm,bmhc->bhc", logits.softmax(-1), v[:, mi, mj]).flatten(1)
     return layer.linear(out)[:, :height, :width]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 4), (7, 8), (6, 3)], ids=str)
+@torch.no_grad()
+def test_winograd_is_the_convolution(size):
+    convolution = torch.nn.Conv2d(5, 3, 3, padding=1).double()
+    x = torch.randn(2, 5, *size, dtype=torch.float64)
+    # Far within the 1e-12 by which the coder lets devices differ.
+    expected = convolution(x)
+    torch.testing.assert_close(WinogradConv2d(convolution)(x), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kernel_size": 1}, {"kernel_size": 3}, {"kernel_size": 3, "padding": 1, "stride": 2}],
+    ids=str,
+)
+def test_winograd_refuses_other_convolutions(options):
+    with pytest.raises(
+        ValueError, match="expected a kernel of 3x3, padding and stride of 1, got Conv"
+    ):
+        WinogradConv2d(torch.nn.Conv2d(2, 2, **options))
 
 
 @pytest.mark.parametrize("shift", [0, 2])
