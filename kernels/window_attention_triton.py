@@ -73,7 +73,8 @@ def _window_attention_kernel(
     TOKENS: tl.constexpr = SIDE * SIDE
     i_head = tl.program_id(1)
     o_pair = tl.arange(0, TOKENS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-    b_bias = tl.load(bias + i_head * (TOKENS * TOKENS) + o_pair).to(tl.float32)
+    ACC: tl.constexpr = tl.float64 if qkv.dtype.element_ty == tl.float64 else tl.float32
+    b_bias = tl.load(bias + i_head * (TOKENS * TOKENS) + o_pair).to(ACC)
     o_pixel, m_hidden = _window(tl.program_id(0), height, width, SIDE, SHIFT)
     b_q, b_k, b_v, _, m_q = _load_qkv(qkv, o_pixel, i_head, heads, DIM, BLOCK_D)
     b_p = _probabilities(b_q, b_k, b_bias, m_hidden, SCALE)
