@@ -112,6 +112,8 @@ FAULTS = [
     Fault("models/base.py", "_transform(self.g_s, scaled(y_hat, y_dec), precision)",
           "self.g_s(scaled(y_hat, y_dec))", CODING, "either_precision"),
     Fault("models/base.py", "enabled=is_block)", "enabled=True)", CODING, "either_precision"),
+    Fault("kernels/conv_chain_triton.py", "tl.float64 if out.dtype", "tl.float32 if out.dtype",
+          CODING, "by_kernels"),
     # Networks of every rate.
     Fault("models/base.py", "h_a(y), z_enc)", "h_a(y), None)", GAINS, "folded"),
     Fault("models/base.py", "layer.bias.copy_(layer.bias * factor)", "pass", GAINS, "folded"),
