@@ -86,7 +86,7 @@ def _chain_kernel(
             tap = SIDE * SIDE - 1 - tap
         p_w = weight + tap * stride_tap + o_in[:, None] * stride_in + o_c[None, :] * stride_out
         b_w = tl.load(p_w, mask=m_in[:, None] & m_c[None, :], other=0.0)
-        b_out = tl.dot(b_x, b_w, b_out, input_precision="ieee")
+        b_out = tl.dot(b_x, b_w, b_out, input_precision="ieee", out_dtype=ACC)
     o_out = o_p.to(tl.int64)[:, None] * channels + o_c[None, :]
     m_out = m_p[:, None] & m_c[None, :]
     if bias is not None:
