@@ -68,6 +68,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             help="file that train.py saved, or the name of a shipped one",
         )
         command.add_argument("--cuda", action="store_true", help="run on the GPU")
+        utils.add_precision(command)
         command.add_argument("--force", action="store_true", help="overwrite existing files")
     rate = encode.add_argument_group(
         "rate",
@@ -404,7 +405,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             rates = (args.quality, args.target_bpp, args.target_psnr, args.target_bytes)
             is_given = any(rate is not None for rate in rates)
             check_rate(model, is_given, args.checkpoint, RATE_FLAGS)
-        return Coder(model, exact=exact)
+        precision = utils.chosen_precision(args.precision, device)
+        return Coder(model, exact=exact, precision=precision)
 
     def work(job: Job) -> str:
         if args.command == "encode":

@@ -104,6 +104,17 @@ def half_precision(x: Tensor) -> torch.dtype | None:
     return None
 
 
+def fused_precision(x: Tensor) -> torch.dtype | None:
+    """The dtype in which layers run their fused kernels for x, if they do: `half_precision`, or
+
+    float64 where no gradient is recorded. There PyTorch takes several times as many kernels.
+    """
+    if x.dtype == torch.float64:
+        fuses = not torch.is_grad_enabled() and runs_stage_kernels(x.device.type)
+        return torch.float64 if fuses else None
+    return half_precision(x)
+
+
 def runs_onednn(x: Tensor) -> bool:
     """Whether the products with a map go to oneDNN, as convolutions with kernels of 1x1."""
     return _HAS_ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""A chain of convolutions with activations, on maps of few pixels in half precision."""
+"""A chain of convolutions with activations, on maps of few pixels, in half precision or float64."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,10 +13,10 @@ FEW_PIXELS = 1 << 15  # on more a product is long enough for its library to pay
 def fuses_convolutions(x: Tensor) -> bool:
     """Whether `conv_chain` takes over from PyTorch's convolutions for a map of any layout.
 
-    It does so in half precision, which autocast may bring, on a GPU. Other maps and devices keep
-    PyTorch's kernels, to the last bit.
+    It does so on a GPU, in half precision, which autocast may bring, and in float64 where no
+    gradient is recorded. Other maps and devices keep PyTorch's kernels, to the last bit.
     """
-    return backends.half_precision(x) is not None and x.numel() > 0
+    return backends.fused_precision(x) is not None and x.numel() > 0
 
 
 def fuses_products(x: Tensor) -> bool:
@@ -38,8 +38,9 @@ def conv_chain(
 ) -> Tensor:
     """Convolutions of stride 1 with zero padding that keeps the size, each with its activation.
 
-    Sums are float32; what lies between layers is rounded to half precision, as PyTorch does in
-    autocast. Differentiable once in all tensors, and the same input gives the same bits every time.
+    Sums are float32, or float64; what lies between layers is rounded to half precision, as PyTorch
+    does in autocast. In half precision it is differentiable once in all tensors. The same input
+    gives the same bits every time.
 
     Args:
         x: (batch, channels, height, width), for which `fuses_convolutions` holds; quickest where
@@ -53,9 +54,9 @@ def conv_chain(
             x is 0, what layer i makes is i + 1. Each map is added once at most.
 
     Returns:
-        (batch, out, height, width) in half precision, channels last.
+        (batch, out, height, width) in half precision or float64, channels last.
     """
-    dtype = backends.half_precision(x)
+    dtype = backends.fused_precision(x)
     parameters = []
     for weight, bias in zip(weights, biases, strict=True):
         weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)

@@ -52,7 +52,7 @@ def _chain_kernel(
     weight,  # with strides of output channel, input channel and tap
     bias,  # (channels,) or None
     residual,  # (pixels, channels) or None: added before the activation
-    gate,  # (pixels, channels): GELU's argument, written; of gradients read
+    gate,  # (pixels, channels): GELU's argument, written unless None; of gradients read
     out,  # (pixels, channels)
     pixels,
     height,
@@ -75,7 +75,8 @@ def _chain_kernel(
     m_p = o_p < pixels
     m_c = o_c < channels
     n_in = tl.cdiv(in_channels, BLOCK_IN)
-    b_out = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    ACC: tl.constexpr = tl.float64 if out.dtype.element_ty == tl.float64 else tl.float32
+    b_out = tl.zeros([BLOCK_P, BLOCK_C], ACC)
     for i in range(SIDE * SIDE * n_in):
         tap = i // n_in
         o_in = i % n_in * BLOCK_IN + tl.arange(0, BLOCK_IN)
@@ -87,22 +88,23 @@ def _chain_kernel(
             tap = SIDE * SIDE - 1 - tap
         p_w = weight + tap * stride_tap + o_in[:, None] * stride_in + o_c[None, :] * stride_out
         b_w = tl.load(p_w, mask=m_in[:, None] & m_c[None, :], other=0.0)
-        b_out = tl.dot(b_x, b_w, b_out, input_precision="ieee")
+        b_out = tl.dot(b_x, b_w, b_out, input_precision="ieee", out_dtype=ACC)
     o_out = o_p.to(tl.int64)[:, None] * channels + o_c[None, :]
     m_out = m_p[:, None] & m_c[None, :]
     if bias is not None:
-        b_out += tl.load(bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+        b_out += tl.load(bias + o_c, mask=m_c, other=0.0).to(ACC)[None, :]
     if residual is not None:
-        b_out += tl.load(residual + o_out, mask=m_out, other=0.0).to(tl.float32)
+        b_out += tl.load(residual + o_out, mask=m_out, other=0.0).to(ACC)
     if ACTIVATION == "relu":
         b_out = tl.where(b_out < 0.0, 0.0, b_out)  # what is not a number stays so
     elif ACTIVATION == "gelu":
-        tl.store(gate + o_out, b_out.to(gate.dtype.element_ty), mask=m_out)
+        if gate is not None:
+            tl.store(gate + o_out, b_out.to(gate.dtype.element_ty), mask=m_out)
         b_out = _gelu(b_out)
     elif ACTIVATION == "relu gradient":
         b_out = tl.where(tl.load(gate + o_out, mask=m_out, other=0.0) > 0.0, b_out, 0.0)
     elif ACTIVATION == "gelu gradient":
-        b_out *= _gelu_slope(tl.load(gate + o_out, mask=m_out, other=0.0).to(tl.float32))
+        b_out *= _gelu_slope(tl.load(gate + o_out, mask=m_out, other=0.0).to(ACC))
     tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=m_out)
 
 
@@ -176,12 +178,14 @@ def _convolve(
     block_p = 64
     if triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c) < MULTIPROCESSORS:
         block_p, block_c = 32, min(32, block_c)
+    block_in = min(64, max(16, triton.next_power_of_2(in_channels)))
+    if x.dtype == torch.float64:  # which fills registers and shared memory sooner
+        block_p, block_c, block_in = 32, min(32, block_c), min(32, block_in)
     with torch.cuda.device_of(x):
         _chain_kernel[(triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c),)](
             x, weight, bias, residual, gate, out, pixels, height, width, in_channels, channels,
             *strides, SIDE=weight.shape[-1], MIRRORED=mirrored, ACTIVATION=activation,
-            BLOCK_P=block_p, BLOCK_C=block_c,
-            BLOCK_IN=min(64, max(16, triton.next_power_of_2(in_channels))),
+            BLOCK_P=block_p, BLOCK_C=block_c, BLOCK_IN=block_in,
             num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
     return out
@@ -200,7 +204,8 @@ def conv_forward(
     """
     channels, in_channels, side, _ = weight.shape
     strides = side * side * in_channels, 1, in_channels
-    gate = x.new_empty(*x.shape[:3], channels) if activation == "gelu" else None
+    has_gate = activation == "gelu" and x.dtype != torch.float64  # which has no gradients
+    gate = x.new_empty(*x.shape[:3], channels) if has_gate else None
     out = _convolve(
         x, weight, channels, strides,
         bias=bias, residual=residual, gate=gate, activation=activation,

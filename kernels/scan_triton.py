@@ -55,6 +55,9 @@ FORWARD_WARPS, FORWARD_CHANNELS = 1, 2
 FORWARD_REGISTERS = 168  # of a thread, at most
 ADJOINT_WARPS, ADJOINT_CHANNELS = 1, 2
 SHORTEST_CHUNK = 32
+# In float64 a step takes many times as long, and what the entropy path scans is small: cut as
+# finely as this, it makes enough programs for a GPU.
+SHORTEST_CHUNK_IN_FLOAT64 = 8
 # Elements of x up to which the backward launches all directions at once, for seven times x.
 SMALL_MAP = 1 << 22
 # Sequences, by channel, direction and picture, from which on each is walked by one thread in one
@@ -272,9 +275,8 @@ def _scan_in_chunks(inputs: ScanInputs, fixed_A: bool) -> Tensor:
         dim, dstate, inputs.dt_rank, acc, FORWARD_WARPS, FORWARD_CHANNELS, FORWARD_GROUP, fixed_A
     )
     blocks = triton.cdiv(dim, meta.CHANNELS)
-    chunk_size, num_chunks = _chunks(
-        height * width, blocks * batch, FORWARD_PROGRAMS, SHORTEST_CHUNK
-    )
+    shortest = SHORTEST_CHUNK if acc == tl.float32 else SHORTEST_CHUNK_IN_FLOAT64
+    chunk_size, num_chunks = _chunks(height * width, blocks * batch, FORWARD_PROGRAMS, shortest)
     states = x.new_empty(4, batch, num_chunks, dstate, dim, dtype=accumulator)
     delta_sums = x.new_empty(4, batch, num_chunks, dim, dtype=accumulator)
     y = torch.empty_like(x)

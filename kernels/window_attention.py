@@ -8,7 +8,8 @@ from kernels.operators import make_differentiable
 
 
 def fuses_window_attention(x: Tensor, window_size: int) -> bool:
-    """Whether `window_attention` is for this map: in half precision, on a GPU, of whole windows.
+    """Whether `window_attention` is for this map: of whole windows, on a GPU, in half precision, or
+    in float64 where no gradient is recorded.
 
     Args:
         x: (batch, height, width, dim).
@@ -18,19 +19,20 @@ def fuses_window_attention(x: Tensor, window_size: int) -> bool:
         window_size in (4, 8)  # 16 and 64 pixels, sizes that a GPU's matrix products have
         and height % window_size == width % window_size == 0
         and x.numel() > 0
-        and backends.half_precision(x) is not None
+        and backends.fused_precision(x) is not None
     )
 
 
 def window_attention(qkv: Tensor, position: Tensor, shift: int) -> Tensor:
     """Multi-head self-attention of the pixels of each window.
 
-    Logits are divided by the root of a head's width. Softmax is float32. Differentiable once in
-    both tensors, and the same input gives the same bits every time.
+    Logits are divided by the root of a head's width. Softmax is float32, or float64. In half
+    precision it is differentiable once in both tensors. The same input gives the same bits every
+    time.
 
     Args:
-        qkv: (batch, height, width, 3 * heads * dim) in half precision: queries, keys and values of
-            all heads, of a map for which `fuses_window_attention` holds.
+        qkv: (batch, height, width, 3 * heads * dim): queries, keys and values of all heads, of a
+            map for which `fuses_window_attention` holds.
         position: (heads, 2 p - 1, 2 p - 1) for windows of p x p pixels: entry i - j + p - 1 of both
             axes is added to the logit of pixel i's query with pixel j's key.
         shift: pixels by which the windows are moved up and left, below p. Pixels that become

@@ -61,7 +61,8 @@ def _load_qkv(qkv, o_pixel, i_head, heads, DIM: tl.constexpr, BLOCK_D: tl.conste
 
 @triton.jit
 def _probabilities(b_q, b_k, b_bias, m_hidden, SCALE: tl.constexpr):
-    b_logit = tl.dot(b_q, tl.trans(b_k), input_precision="ieee") * SCALE + b_bias
+    b_logit = tl.dot(b_q, tl.trans(b_k), input_precision="ieee", out_dtype=b_bias.dtype)
+    b_logit = b_logit * SCALE + b_bias
     b_logit = tl.where(m_hidden, float("-inf"), b_logit)
     b_p = tl.exp(b_logit - tl.max(b_logit, 1)[:, None])
     return b_p / tl.sum(b_p, 1)[:, None]
@@ -83,12 +84,13 @@ def _window_attention_kernel(
 ):
     WAYS: tl.constexpr = (2 * SIDE - 1) * (2 * SIDE - 1)
     i_head = tl.program_id(1)
+    ACC: tl.constexpr = tl.float64 if qkv.dtype.element_ty == tl.float64 else tl.float32
     o_way = _ways(SIDE)
-    b_bias = tl.load(position + i_head * WAYS + o_way).to(tl.float32)
+    b_bias = tl.load(position + i_head * WAYS + o_way).to(ACC)
     o_pixel, m_hidden = _window(tl.program_id(0), height, width, SIDE, SHIFT)
     b_q, b_k, b_v, _, m_q = _load_qkv(qkv, o_pixel, i_head, heads, DIM, BLOCK_D)
     b_p = _probabilities(b_q, b_k, b_bias, m_hidden, SCALE)
-    b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee")
+    b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee", out_dtype=ACC)
     o_out = o_pixel[:, None] * (heads * DIM) + i_head * DIM + tl.arange(0, BLOCK_D)[None, :]
     tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=m_q)
 

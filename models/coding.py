@@ -22,7 +22,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels
 from kernels.graphs import Replay
+from layers import SS2D, ConvChain
 from layers.compressai import CompressionModel
 from layers.winograd import WinogradConv2d
 
@@ -405,10 +407,23 @@ class _ExactPredictor(SlicePredictor):
         return means, scales
 
 
+class _FusedLinear(nn.Module):
+    """A linear layer on channels-last maps as one kernel: `kernels.conv_chain`."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.register_buffer("weight", linear.weight[:, :, None, None])  # (out, in, 1, 1)
+        self.register_buffer("bias", linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 3, 1, 2)
+        return kernels.conv_chain(x, [self.weight], [self.bias], [None]).permute(0, 2, 3, 1)
+
+
 class _ProductConv2d(nn.Module):
     """A convolution of stride 1 as one matrix product.
 
-    In float64 a GPU's library takes ten times as long for the convolution as for the product.
+    In float64 PyTorch's convolution takes a GPU ten times as long.
     """
 
     def __init__(self, convolution: nn.Conv2d):
@@ -428,10 +443,15 @@ class _ProductConv2d(nn.Module):
 
 
 class _ProductConvTranspose2d(nn.Module):
-    """A transposed convolution as one matrix product, whose parts are then added up."""
+    """A transposed convolution as one matrix product, whose parts are then added up.
 
-    def __init__(self, convolution: nn.ConvTranspose2d):
+    Args:
+        layout: memory format of the result.
+    """
+
+    def __init__(self, convolution: nn.ConvTranspose2d, layout: torch.memory_format):
         super().__init__()
+        self.layout = layout
         self.kernel_size = convolution.kernel_size
         self.stride = convolution.stride
         self.padding = convolution.padding
@@ -451,31 +471,39 @@ class _ProductConvTranspose2d(nn.Module):
         )
         size = [(n - 1) * s - 2 * p + k + extra for n, s, p, k, extra in sides]
         y = F.fold(columns, size, self.kernel_size, padding=self.padding, stride=self.stride)
-        return y + self.bias
+        # What follows has kernels for maps that lie channels last.
+        return (y + self.bias).contiguous(memory_format=self.layout)
 
 
 def _in_float64(slices: SlicePredictor) -> dict:
-    """Copies of its parts that compute in float64, with products in place of convolutions.
+    """Copies of its parts that compute in float64, without PyTorch's slow convolutions.
 
-    Those of a stride other than 1 and the depthwise ones of `SS2D`, which are a kernel's and not
-    called, stay.
+    In their place are kernels where these run, on a GPU, else products. Convolutions of a stride
+    other than 1 and the layers of `SS2D`, which its kernels read and nobody calls, stay.
     """
     parts = copy.deepcopy(vars(slices))
+    device = next(slices.h_mean_s.parameters()).device
+    fuses = kernels.fuses_convolutions(torch.empty(1, dtype=torch.float64, device=device))
+    layout = torch.channels_last if fuses else torch.contiguous_format
     for part in parts.values():
         if not isinstance(part, nn.Module):
             continue
-        part.to(dtype=torch.float64, memory_format=torch.contiguous_format)
+        part.to(dtype=torch.float64, memory_format=layout)
         for parent in list(part.modules()):
+            if isinstance(parent, SS2D) or (fuses and isinstance(parent, ConvChain)):
+                continue
             for name, layer in list(parent.named_children()):
-                if type(layer) is nn.Conv2d and layer.stride == (1, 1) and layer.groups == 1:
-                    setattr(parent, name, _exact_convolution(layer))
+                if type(layer) is nn.Conv2d and layer.stride == (1, 1):
+                    setattr(parent, name, ConvChain(layer) if fuses else _exact_convolution(layer))
                 if type(layer) is nn.ConvTranspose2d:
-                    setattr(parent, name, _ProductConvTranspose2d(layer))
+                    setattr(parent, name, _ProductConvTranspose2d(layer, layout))
+                if type(layer) is nn.Linear and fuses:
+                    setattr(parent, name, _FusedLinear(layer))
     return parts
 
 
 def _exact_convolution(layer: nn.Conv2d) -> nn.Module:
-    # Products are what takes a CPU's time, kernels to be launched a GPU's.
+    # Products are what takes a CPU's time, launching kernels a GPU's that fuses nothing.
     if layer.kernel_size == (3, 3) and layer.weight.device.type == "cpu":
         return WinogradConv2d(layer)
     return _ProductConv2d(layer)

@@ -212,11 +212,11 @@ class LatentTables:
 
 
 def dequantise(symbols: Tensor, offset: Tensor) -> Tensor:
-    """Sum of both in the dtype of the offset, laid out in one way.
+    """Sum of both in the dtype and layout of the offset, or, where it broadcasts, of the symbols.
 
-    Encoder and decoder then run the same kernels on it.
+    Encoder and decoder, whose symbols lie in different ways, then run the same kernels on it.
     """
-    return (symbols.to(offset.dtype) + offset).contiguous()
+    return offset + symbols
 
 
 class Symbols(NamedTuple):
@@ -258,7 +258,7 @@ def round_y(y: Tensor, z_hat: Tensor, slices: SlicePredictor, tables: LatentTabl
         return dequantise(symbols[i], mu)
 
     slices(z_hat, round_slice)
-    scale = torch.cat(scales, dim=1).double()
+    scale = torch.cat(scales, dim=1).double().contiguous()
     lower, upper = (tables.indexes(scale * math.exp(error)) for error in (-GUARD, GUARD))
     return Symbols.of(torch.cat(symbols, dim=1), scale, tables.indexes(scale), lower != upper)
 

@@ -367,6 +367,29 @@ def test_decoded_picture_is_the_original(folder, fast):
     assert utils.psnr(decoded, utils.to_tensor(original)) > 30
 
 
+def test_precision_is_that_of_the_flag_and_float32_on_a_cpu(folder, checkpoint):
+    """Streams of one precision decode in the other, to pictures that hardly differ."""
+
+    def code(command, source, target, *flags):
+        codec.main([command, source, target, "--checkpoint", checkpoint, *flags])
+        return Path(target).read_bytes()
+
+    half, full = ["--precision", "bfloat16"], ["--precision", "float32"]
+    default = code("encode", "a.png", "default.mvc")
+    assert default == code("encode", "a.png", "full.mvc", *full)
+    assert default != code("encode", "a.png", "half.mvc", *half)
+    for name in ("full.mvc", "half.mvc"):
+        code("decode", name, "default.png")
+        code("decode", name, "full.png", *full, "--force")
+        code("decode", name, "half.png", *half, "--force")
+        pictures = [Image.open(f"{p}.png").tobytes() for p in ("default", "full", "half")]
+        default, full_picture, half_picture = (np.frombuffer(p, np.uint8) for p in pictures)
+        assert np.array_equal(default, full_picture)
+        difference = np.abs(full_picture.astype(int) - half_picture)
+        assert 0 < difference.max() < 12
+        Path("default.png").unlink()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

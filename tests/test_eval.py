@@ -15,6 +15,7 @@ from conftest import gained_model, save_checkpoint, tiny_model
 from PIL import Image
 
 import eval as evaluation
+import models
 import utils
 from models import Coder, container, load_model
 from tools.figures.plot import load_curve
@@ -163,6 +164,31 @@ def test_several_folders_that_cannot_be_are_one_line(
     code, out, err = run(["--checkpoint", CHECKPOINT, *flags], monkeypatch, capsys)
     assert (code, out) == (2, "")
     assert message in err
+
+
+@pytest.mark.parametrize("flags", [[], ["--precision", "bfloat16"]], ids=["default", "bfloat16"])
+def test_results_say_the_precision_that_they_were_made_with(
+    flags, pictures, tmp_path, monkeypatch, capsys
+):
+    """The estimate, whose picture the decoded one has to be, is of the same precision."""
+    precisions = []
+
+    class Watched(Coder):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.model.register_forward_pre_hook(
+                lambda _, args, kwargs: precisions.append(kwargs["precision"]), with_kwargs=True
+            )
+            precisions.append(self.precision)
+
+    monkeypatch.setattr(models, "Coder", Watched)
+    file = tmp_path / "results.json"
+    argv = ["--data", pictures, "--checkpoint", CHECKPOINT, "--json", file, *flags]
+    assert run(argv, monkeypatch, capsys)[0] == 0
+    wanted = "bfloat16" if flags else "float32"
+    assert json.loads(file.read_text())["config"] == {"precision": wanted}
+    assert len(precisions) == 1 + 3  # the first picture is coded twice
+    assert set(precisions) == {getattr(torch, wanted)}
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,17 @@
 """The Coder: what it decodes is what was encoded, on this device and, if exact, on another."""
 
+import collections
 import copy
 import dataclasses
 
 import pytest
 import torch
 from conftest import spread_model, tiny_model
+from stage_checks import DEVICE, needs_kernels
 
+import kernels
 import models.entropy
+from kernels import backends
 from models import BitstreamError, Coder, build_model, container
 from models.coding import fingerprint
 from models.entropy import LatentTables, SlicePredictor
@@ -145,6 +149,24 @@ def test_every_picture_of_a_batch_decodes_alone(coder):
         torch.testing.assert_close(alone["y_hat"][0], together[i], rtol=1e-6, atol=1e-6)
 
 
+@torch.no_grad()
+def test_streams_of_either_precision_decode_in_the_other(model):
+    """To the same symbols: only what is rounded differs, and how the picture is made of them."""
+    x = torch.rand(1, 3, 100, 70)
+    coders = [Coder(model, precision=precision) for precision in (torch.float32, torch.bfloat16)]
+    streams = [coder.compress(x) for coder in coders]
+    assert streams[0]["strings"] != streams[1]["strings"], "the blocks of g_a were not rounded"
+    for stream in streams:
+        full, rounded = (coder.decompress(**stream) for coder in coders)
+        assert torch.equal(full["y_hat"], rounded["y_hat"])
+        assert not torch.equal(full["x_hat"], rounded["x_hat"]), "the blocks of g_s were not"
+        # What a block adds is rounded to 8 bits.
+        assert (full["x_hat"] - rounded["x_hat"]).abs().max() < 0.05
+    estimated = model(x, precision=torch.bfloat16)["x_hat"].clamp(0, 1)
+    x_hat = coders[1].decompress(**streams[1])["x_hat"]
+    assert (x_hat - estimated).square().mean() < 1e-4 * estimated.var()
+
+
 # How it is coded
 
 
@@ -156,6 +178,32 @@ def test_entropy_path_is_computed_in_float64(model):
     exact = coder._exact_slices(z_hat, lambda i, mu, scale: mu.round())
     double = copy.deepcopy(model).double().slices(z_hat, lambda i, mu, scale: mu.round())
     torch.testing.assert_close(exact, double, rtol=1e-11, atol=1e-11)
+
+
+@needs_kernels
+@torch.no_grad()
+def test_entropy_path_by_kernels_is_the_one_by_products(model, monkeypatch):
+    """A GPU, which has kernels for it, decodes what a CPU has encoded, and the other way round."""
+    z_hat = torch.randint(-5, 6, (1, 12, 2, 2)).double().to(DEVICE)
+    products = Coder(model)._exact_slices(z_hat.cpu(), lambda i, mu, scale: mu.round())
+    monkeypatch.setattr(backends, "runs_stage_kernels", lambda device_type: True)
+    slices = Coder(copy.deepcopy(model).to(DEVICE))._exact_slices
+    calls = collections.Counter()
+    chain, attention = kernels.conv_chain, kernels.window_attention
+    monkeypatch.setattr(kernels, "conv_chain", lambda *a: calls.update("c") or chain(*a))
+    monkeypatch.setattr(kernels, "window_attention", lambda *a: calls.update("w") or attention(*a))
+    latents = slices.transform(z_hat)
+    y_hat = []
+    for i in range(2):  # of five: the interpreter is slow
+        before = calls.copy()
+        mu, _, support = slices.predict(i, *latents, *y_hat)
+        assert mu.is_contiguous(memory_format=torch.channels_last)
+        y_hat.append(slices.correct(i, support, mu.round()))
+        # Twice, for mean and scale: three convolutions and two times three units around two blocks
+        # of four linear layers and an attention; three layers in one; and once more as many.
+        assert calls - before == {"c": 2 * (3 + 6 + 2 * 4 + 1) + 1, "w": 2 * 2}
+    y_hat = torch.cat(y_hat, 1).cpu()
+    torch.testing.assert_close(y_hat, products[:, : y_hat.shape[1]], rtol=1e-11, atol=1e-11)
 
 
 class Replayed(Coder):

@@ -369,19 +369,28 @@ def training_step(
 def bench_codec(bench: Bench, work: Work, name: str, make: MakeModel) -> None:
     """One picture of each size to bytes and back."""
     model, best = make(), bench.backends[0]
-    modes = itertools.product(work.whole, (False, True) if bench.cuda else (False,), (True, False))
-    for (height, width), graphed, exact in modes:
-        encode, decode = coding(model, picture(height, width, bench.device), exact, graphed)
+    quick = utils.chosen_precision(None, bench.device)
+    precisions = dict.fromkeys((torch.float32, quick))
+    graphs = (False, True) if bench.cuda else (False,)
+    modes = itertools.product(work.whole, graphs, (True, False), precisions)
+    for (height, width), graphed, exact, precision in modes:
+        x = picture(height, width, bench.device)
+        encode, decode = coding(model, x, exact, graphed, precision)
         mode = f"{height}x{width} {'exact' if exact else 'fast'}{' graph' if graphed else ''}"
+        mode += " bf16" if precision == torch.bfloat16 else ""
         bench.run("codec", f"compress {mode}", best, encode, graphed=graphed, model=name)
         bench.run("codec", f"decompress {mode}", best, decode, graphed=graphed, model=name)
 
 
 def coding(
-    model: models.SliceHyperprior, x: Tensor, exact: bool = True, graphed: bool = False
+    model: models.SliceHyperprior,
+    x: Tensor,
+    exact: bool = True,
+    graphed: bool = False,
+    precision: torch.dtype = torch.float32,
 ) -> tuple[Callable[[], dict], Callable[[], dict]]:
     """What encodes a picture, and what decodes that to which the picture was encoded."""
-    coder = models.Coder(model, exact=exact, graphs=graphed)
+    coder = models.Coder(model, exact=exact, graphs=graphed, precision=precision)
     encode = functools.partial(coder.compress, x)
     encoded = functools.cache(encode)  # at its first use, where a failure is recorded
     return encode, lambda: coder.decompress(**encoded())
