@@ -129,7 +129,7 @@ def header(height=b"\x01", width=b"\x01", guards=b"\x00", z=b"\x00", version=b"\
         (b"", "not an .mvc file"),
         (b"\x89PNG\r\n\x1a\n", "not an .mvc file"),
         (b"MVC\x81", "cut off"),
-        (header(version=b"\x83"), "version 3"),
+        (header(version=b"\x84"), "version 4"),
         (header(version=b"\x82", height=b"\x11\x27\x01"), "quality of 100.01 is outside"),
         (header(version=b"\x00"), "version 0"),
         (header(height=b"\x00"), "1x0"),
