@@ -111,7 +111,7 @@ class Coder:
             return in_float64(self.model.gains)
 
     def prepare(self) -> None:
-        """Make now what is otherwise made at the first picture, which threads must not do at once."""
+        """Make what is otherwise made at the first picture, which threads must not do at once."""
         _ = self._exact_slices, self._gains, self.fingerprint
 
     @torch.no_grad()
@@ -266,9 +266,7 @@ class Coder:
         shape = (y.shape[-2] // 4, y.shape[-1] // 4)
         self._make_room(len(y), *shape)
         y = y.contiguous(memory_format=torch.channels_last)
-        stretches = self._run(
-            self._latent_symbols, y, self.exact, rounded_gain.z_enc, gain.z_dec
-        )
+        stretches = self._run(self._latent_symbols, y, self.exact, rounded_gain.z_enc, gain.z_dec)
         return {**self._write(stretches, len(y)), "shape": shape, "quality": quality}
 
     @torch.no_grad()

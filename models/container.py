@@ -1,8 +1,9 @@
 """The `.mvc` file: one coded picture, with what a decoder needs to get it right or refuse it.
 
-Three versions, byte by byte: 1 is of networks of a single rate, 2 of those with gains, 3 of pictures
-in tiles or with metadata. Integers are little-endian; a varint is LEB128 (seven bits a byte, lowest
-first, the top bit set on all bytes but the last) in its shortest form. Versions 1 and 2:
+Three versions, byte by byte: 1 is of networks of a single rate, 2 of those with gains, 3 of
+pictures in tiles or with metadata. Integers are little-endian; a varint is LEB128 (seven bits a
+byte, lowest first, the top bit set on all bytes but the last) in its shortest form. Versions 1
+and 2:
 
 ============ ======= ==========================================================================
 field        bytes   meaning
@@ -99,6 +100,7 @@ _CHECKSUMS = struct.Struct("<II")
 _CHECKSUM = struct.Struct("<I")
 _NO_QUALITY = 0xFFFF
 _TILED = 3  # version
+_NAMED = 5  # damaged tiles, by messages
 _LEAST_TILE = 11  # bytes: no guards, two empty strings, two checksums, one in the index
 _MAX_VARINT = 2**32
 
@@ -197,6 +199,10 @@ class TiledStream:
         crc = _tile_crc(self.seed, number, memoryview(data)[: -_CHECKSUM.size])
         return _CHECKSUM.unpack_from(data, len(data) - _CHECKSUM.size)[0] == crc
 
+    def damaged(self) -> list[int]:
+        """Numbers of the tiles that are damaged or missing."""
+        return [number for number in range(len(self.tiles)) if not self.is_whole(number)]
+
     def unpack_tile(self, number: int) -> Tile:
         """Contents of a tile.
 
@@ -207,6 +213,14 @@ class TiledStream:
             raise BitstreamError(f"{self.name(number)} is damaged or cut off")
         reader = _Reader(memoryview(self.tiles[number])[: -_CHECKSUM.size])
         return Tile(*reader.strings())
+
+
+def describe_damage(stream: TiledStream, damaged: Sequence[int]) -> str:
+    """Which tiles are damaged, in one line."""
+    names = ", ".join(stream.name(number) for number in damaged[:_NAMED])
+    more = f" and {len(damaged) - _NAMED} more" if len(damaged) > _NAMED else ""
+    verb = "is" if len(damaged) == 1 else "are"
+    return f"{names}{more} of {len(stream.tiles)} tiles {verb} damaged or cut off"
 
 
 def _tile_spans(length: int, tile: int) -> list[Span]:
@@ -427,9 +441,7 @@ def _unpack_tiles(data: bytes, model: bytes, exact: bool, salvage: bool) -> Tile
     tiles = [reader.take_some(length) for length in lengths]
     if reader.left and not salvage:
         raise BitstreamError(f"{len(reader.left)} bytes follow the last tile: the file is damaged")
-    return TiledStream(
-        model, exact, height, width, quality, tile, margin, icc, exif, tiles, seed
-    )
+    return TiledStream(model, exact, height, width, quality, tile, margin, icc, exif, tiles, seed)
 
 
 def _read_metadata(

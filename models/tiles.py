@@ -44,7 +44,6 @@ from .container import BitstreamError, Tile, TiledStream
 from .grid import Span, overlapping, spans, windows
 
 LATENT = 16  # pixels for each row and column of y
-SHOWN = 5  # damaged tiles that a message names
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow's
 # Passes on what it takes, so many items in all, and may show how far it is.
@@ -167,7 +166,7 @@ def decode(
     all_rows = range(needed_rows[0][0], needed_rows[-1][-1] + 1)
     damaged = {number for number in numbers(all_rows) if not stream.is_whole(number)}
     if damaged and not salvage:
-        raise BitstreamError(describe_damage(stream, sorted(damaged)))
+        raise BitstreamError(container.describe_damage(stream, sorted(damaged)))
 
     def read(number: int) -> Tensor | None:
         row, column = divmod(number, across)
@@ -189,7 +188,7 @@ def decode(
         (row, row_window), (column, column_window) = place
         y_hat = _gather(stream, latents, row_window, column_window)
         if y_hat is None:  # nothing is known here
-            samples = torch.zeros(3, row_window[1] - row_window[0], column_window[1] - column_window[0])
+            samples = torch.zeros(3, *(stop - start for start, stop in (row_window, column_window)))
         else:
             samples = coder.synthesise(y_hat, stream.quality)[0]
         # What the picture was padded with, and what lies outside the region, is cut off.
@@ -222,14 +221,6 @@ def decode(
     return picture, filled
 
 
-def describe_damage(stream: TiledStream, damaged: Sequence[int]) -> str:
-    """Which tiles are damaged, in one line."""
-    names = ", ".join(stream.name(number) for number in damaged[:SHOWN])
-    more = f" and {len(damaged) - SHOWN} more" if len(damaged) > SHOWN else ""
-    verb = "is" if len(damaged) == 1 else "are"
-    return f"{names}{more} of {len(stream.tiles)} tiles {verb} damaged or cut off"
-
-
 def _pixels(image: Image.Image, rows: Span, columns: Span) -> Tensor:
     """A window of a picture (1, 3, h, w), which repeats the last row and column beyond its ends."""
     right, bottom = min(columns[1], image.width), min(rows[1], image.height)
@@ -242,9 +233,7 @@ def _within(part: Span, window: Span) -> slice:
     return slice((part[0] - window[0]) // LATENT, (part[1] - window[0]) // LATENT)
 
 
-def _decode_tile(
-    coder: Coder, tile: Tile, stream: TiledStream, row: Span, column: Span
-) -> Tensor:
+def _decode_tile(coder: Coder, tile: Tile, stream: TiledStream, row: Span, column: Span) -> Tensor:
     """y_hat of a tile."""
     factor = coder.model.downsampling_factor
     return coder.decompress_latents(
