@@ -329,8 +329,8 @@ def _fill(
 @contextlib.contextmanager
 def _workers(coder: Coder, jobs: int) -> Iterator[Callable[[Callable, Sequence], Iterable]]:
     """A `map` that works on so many items at the same time, each on its share of the processors."""
-    if jobs == 1:
-        yield map
+    if jobs == 1 or next(coder.model.parameters()).device.type != "cpu":
+        yield map  # graphs of a GPU share their memory
         return
     coder.prepare()
     threads = max(1, torch.get_num_threads() // jobs)
