@@ -201,13 +201,14 @@ def test_picture_whose_pixels_do_not_fit_is_refused_with_the_numbers(
 # As processes
 
 
-def run(*arguments, **options):
+def run(*arguments):
     return subprocess.Popen(
         [sys.executable, ROOT / "codec.py", *arguments],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        **options,
+        # A shell's background jobs, of which the tests may be one, ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
