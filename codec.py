@@ -285,7 +285,7 @@ def warn(line: str) -> None:
     say(f"warning: {line}", sys.stderr)
 
 
-def encode_file(load: Callable[[], Coder], job: Job, args: argparse.Namespace) -> str:
+def encode_file(load: Callable[..., Coder], job: Job, args: argparse.Namespace) -> str:
     """Code one picture; return a line about the result.
 
     Args:
@@ -317,11 +317,11 @@ def encode_file(load: Callable[[], Coder], job: Job, args: argparse.Namespace) -
         report=warn,
         keep_metadata=args.keep_metadata,
     )
-    coder = load()
     with data_errors(job.name):
         if tile or args.keep_metadata:
-            data, remark = encode_in_tiles(coder, image, tile or 0, job, args)
+            data, remark = encode_in_tiles(load(in_tiles=True), image, tile or 0, job, args)
         else:
+            coder = load()
             x = utils.to_tensor(image)[None].to(next(coder.model.parameters()).device)
             data, remark = encode_to_target(
                 lambda quality: coder.encode(x, quality),
@@ -341,7 +341,6 @@ def encode_in_tiles(
     """`encode_to_target` for files of version 3, which are verified if flags say so."""
     from models import tiles
 
-    coder = with_graphs(coder)
     track = functools.partial(utils.progress, unit="tile", name=job.name)
     profile, exif = (
         (image.info.get(name) or b"" if args.keep_metadata else b"")
@@ -417,7 +416,7 @@ def encode_to_target(
     return found.data, remark
 
 
-def decode_file(load: Callable[[], Coder], job: Job, args: argparse.Namespace) -> str:
+def decode_file(load: Callable[..., Coder], job: Job, args: argparse.Namespace) -> str:
     """Decode one `.mvc` file; return a line about the result.
 
     Raises:
@@ -470,7 +469,7 @@ def check_region(
 
 
 def decode_tiles(
-    load: Callable[[], Coder],
+    load: Callable[..., Coder],
     stream: container.TiledStream,
     job: Job,
     args: argparse.Namespace,
@@ -486,7 +485,7 @@ def decode_tiles(
     from models import tiles
 
     return tiles.decode(
-        with_graphs(load()),
+        load(in_tiles=True),
         stream,
         region=args.region and tuple(args.region),
         scale=SCALES[args.scale],
@@ -494,16 +493,6 @@ def decode_tiles(
         salvage=args.salvage,
         track=functools.partial(utils.progress, unit="tile", name=job.name),
     )
-
-
-@functools.cache
-def with_graphs(coder: Coder) -> Coder:
-    """On a GPU, a coder that replays tiles, which are of few sizes, from CUDA graphs."""
-    if next(coder.model.parameters()).device.type == "cpu":
-        return coder
-    from models import Coder
-
-    return Coder(coder.model, exact=coder.exact, graphs=True, precision=coder.precision)
 
 
 def save_large_picture(image: Image.Image, target: Path | None, metadata: dict) -> None:
@@ -673,13 +662,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = find_checkpoint(args.checkpoint)
 
     @functools.cache
-    def load() -> Coder:
+    def load(in_tiles: bool = False) -> Coder:
         """The coder, made when the first input is found fit to be coded.
 
-        All that is checked before costs no PyTorch, which takes seconds to import.
+        All that is checked before costs no PyTorch, which takes seconds to import. On a GPU tiles,
+        which are of few sizes, have one that replays CUDA graphs.
         """
         from models import Coder, load_model
 
+        if in_tiles:
+            coder = load()
+            if not args.cuda:
+                return coder
+            return Coder(coder.model, exact=coder.exact, graphs=True, precision=coder.precision)
         device = utils.select_device(args.cuda)
         exact = args.command == "decode" or not args.fast_entropy
         model = load_model(checkpoint, device)
