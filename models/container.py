@@ -403,8 +403,7 @@ def unpack(data: bytes, salvage: bool = False) -> Stream | TiledStream:
     reader = _Reader(memoryview(data)[_FIXED.size : -_CHECKSUM.size])
     quality = None
     if version == 2:
-        (steps,) = _QUALITY.unpack(reader.take(_QUALITY.size))
-        quality = check_quality(steps / QUALITY_STEPS)
+        quality = reader.quality()
     height, width = reader.varint(), reader.varint()
     check_size(height, width)
     return Stream(model, exact, height, width, *reader.strings(), quality)
@@ -412,7 +411,7 @@ def unpack(data: bytes, salvage: bool = False) -> Stream | TiledStream:
 
 def _unpack_tiles(data: bytes, model: bytes, exact: bool, salvage: bool) -> TiledStream:
     reader = _Reader(memoryview(data)[_FIXED.size :])
-    (steps,) = _QUALITY.unpack(reader.take(_QUALITY.size))
+    quality = reader.quality(or_none=True)
     height, width = reader.varint(), reader.varint()
     tile, margin = (
         int(byte) * unit
@@ -436,7 +435,6 @@ def _unpack_tiles(data: bytes, model: bytes, exact: bool, salvage: bool) -> Tile
         raise BitstreamError("the file's header is damaged: its checksum does not match")
     if max(sizes) > MAX_METADATA or min(lengths) < _LEAST_TILE - 1:
         raise BitstreamError("the file is damaged: lengths in its header are out of range")
-    quality = None if steps == _NO_QUALITY else check_quality(steps / QUALITY_STEPS)
     icc, exif = _read_metadata(reader, *sizes, salvage) if any(sizes) else (b"", b"")
     tiles = [reader.take_some(length) for length in lengths]
     if reader.left and not salvage:
@@ -496,6 +494,11 @@ class _Reader:
     def take_some(self, length: int) -> bytes:
         """At most so many bytes, fewer where the file is cut off."""
         return self.take(min(length, len(self.left)))
+
+    def quality(self, or_none: bool = False) -> float | None:
+        """A quality; ``or_none`` if that may be written in its place."""
+        (steps,) = _QUALITY.unpack(self.take(_QUALITY.size))
+        return None if or_none and steps == _NO_QUALITY else check_quality(steps / QUALITY_STEPS)
 
     def strings(self) -> tuple[list[tuple[int, int]], bytes, bytes, int]:
         """Guards, z, y and the checksum of the symbols, with which the bytes end."""

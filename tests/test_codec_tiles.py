@@ -256,7 +256,7 @@ def test_interrupted_processes_leave_nothing(folder, checkpoint):
             Path("x.mvc").unlink()
         elif i:  # earlier, Python itself is interrupted while it starts
             assert process.returncode in (130, 143), errors
-            assert errors.count(b"\n") <= 1, errors
+            assert b"Traceback" not in errors, errors
         assert files(folder) == before
 
 
