@@ -643,7 +643,6 @@ def run(jobs: Sequence[Job], work: Callable[[Job], str], to: TextIO | None) -> N
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    Image.MAX_IMAGE_PIXELS = None  # sizes are checked here, against the memory there is
     if args.command == "info":
 
         def work(job: Job) -> str:

@@ -275,7 +275,7 @@ def read_image(
         source: path or file object.
         name: how messages call it, by default its path.
         check_size: called with height and width before any pixel is decoded; a ValueError or
-            DataError that it raises refuses the picture.
+            DataError that it raises refuses the picture. It stands for Pillow's own limit.
         report: called with one line where the colours were converted, or could not be.
         keep_metadata: leave the samples of RGB pictures in the colours of their profile, which is
             then in ``info["icc_profile"]`` of what is returned, and EXIF in ``info["exif"]``.
@@ -284,13 +284,14 @@ def read_image(
         DataError: the file cannot be read as a picture, or it was refused.
     """
     name = source if name is None else name
-    with _picture_errors(name):
+    limit = Image.MAX_IMAGE_PIXELS if check_size is None else None
+    with _picture_errors(name), _pixel_limit(limit):
         image = Image.open(source)
     with image:
         if check_size is not None:
             with data_errors(name):
                 check_size(image.height, image.width)
-        with _picture_errors(name):
+        with _picture_errors(name), _pixel_limit(limit):
             image.load()
             file_format, profile = image.format, image.info.get("icc_profile")
             ImageOps.exif_transpose(image, in_place=True)  # a copy would take memory
@@ -330,6 +331,17 @@ def _is_of_rgb(profile: bytes) -> bool:
     except (OSError, ImageCms.PyCMSError):
         return False
     return space.strip() == "RGB"
+
+
+@contextlib.contextmanager
+def _pixel_limit(limit: int | None) -> Iterator[None]:
+    """Let Pillow read pictures of so many pixels, or of any number."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = limit
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 @contextlib.contextmanager
