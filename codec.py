@@ -1,13 +1,14 @@
 """Code pictures to .mvc files and back.
 
     python codec.py encode IN.png OUT.mvc --checkpoint C [--quality Q]
-    python codec.py decode IN.mvc OUT.png --checkpoint C
+    python codec.py decode IN.mvc OUT.png --checkpoint C [--region X Y WIDTH HEIGHT] [--scale 1/8]
     python codec.py info IN.mvc
 
-Several inputs go to an output folder. - is standard input or output. Pictures in another colour
-space are converted to sRGB. Decode to .png, .bmp, .tiff, .ppm or .webp to keep every sample; .jpg,
-.gif and .avif lose quality again, which a warning says. Exit codes: 0 success, 1 the data cannot be
-used, 2 the command cannot be carried out as given.
+Pictures of more than 4 megapixels, or more than --max-memory has room for, are coded in tiles, of
+which a decoder may need a few only. Several inputs go to an output folder. - is standard input or
+output. Pictures in another colour space are converted to sRGB. Decode to .png, .bmp, .tiff, .ppm or
+.webp to keep every sample; .jpg, .gif and .avif lose quality again, which a warning says. Exit
+codes: 0 success, 1 the data cannot be used, 2 the command cannot be carried out as given.
 """
 
 from __future__ import annotations
@@ -29,17 +30,29 @@ from tqdm import tqdm
 import utils
 from models import container, search
 from models.checkpoint import check_rate, find_checkpoint
-from models.memory import check_memory, keep_freed_memory
+from models.memory import (
+    DEFAULT_MARGIN,
+    MAX_WHOLE_PIXELS,
+    check_memory,
+    check_tiles,
+    choose_tile,
+    keep_freed_memory,
+    limit_device,
+)
 from utils import DataError, UsageError, data_errors, number, positive_int
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from models import Coder
 
 STANDARD = "-"
 MAX_PICTURE_BYTES = 2**30  # of a picture file
 RATE_FLAGS = "--quality, --target-bpp, --target-psnr or --target-bytes"
+SCALES = {"1": 1, "1/2": 2, "1/4": 4, "1/8": 8}
+SALVAGE_HINT = "codec.py decode --salvage fills them and keeps the others"
+LISTED_TILES = 20  # by info, of each file
+# For large pictures: a quarter of the time, which is as long as decoding takes on a GPU, for 13 %
+# more bytes.
+PNG_OPTIONS = {"compress_level": 1}
 FIXED_SIZES = ("ICO", "ICNS")  # formats that scale a picture to one of their own sizes
 
 
@@ -70,6 +83,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         command.add_argument("--cuda", action="store_true", help="run on the GPU")
         utils.add_precision(command)
         command.add_argument("--force", action="store_true", help="overwrite existing files")
+        command.add_argument(
+            "--max-memory",
+            type=utils.size_in_bytes,
+            metavar="SIZE",
+            help="most that the process, or with --cuda its part of the GPU's memory, may take, "
+            "such as 4G; by default what is free",
+        )
+        command.add_argument(
+            "--jobs",
+            type=positive_int,
+            default=1,
+            metavar="J",
+            help="tiles that the CPU works on at the same time",
+        )
     rate = encode.add_argument_group(
         "rate",
         "A network of every rate needs one of these, one of a single rate takes none. A target is "
@@ -92,11 +119,53 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="float32 entropy path: the file decodes on the same machine only",
     )
+    encode.add_argument(
+        "--tile-size",
+        type=tile_size,
+        metavar="T",
+        help="longest side of a tile, a multiple of 64; 0 to code the picture whole. By default "
+        "512, or less where memory is short, for pictures of more than 4 megapixels",
+    )
+    encode.add_argument(
+        "--keep-metadata",
+        action="store_true",
+        help="carry EXIF, and the ICC profile of RGB pictures, which are then coded in its colours",
+    )
+    decode.add_argument(
+        "--region",
+        type=number(int, 0),
+        nargs=4,
+        metavar=("X", "Y", "WIDTH", "HEIGHT"),
+        help="decode this part only, from the tiles that it needs",
+    )
+    decode.add_argument(
+        "--scale",
+        choices=SCALES,
+        default="1",
+        help="divide both sides, by averaging squares of pixels as they are decoded",
+    )
+    decode.add_argument(
+        "--salvage",
+        action="store_true",
+        help="fill damaged tiles with the mean of those around them; the exit code is 1 if there "
+        "were any",
+    )
     info.add_argument("inputs", nargs="+", metavar="IN", help="file, or - for standard input")
     args = parser.parse_args(argv)
     if getattr(args, "quality", None) is not None:
         args.quality = container.coded_quality(args.quality)
     return args
+
+
+def tile_size(text: str) -> int:
+    """argparse type: 0, or a side of tiles that a file can name."""
+    value = number(int, 0)(text)
+    unit = container.TILE_UNIT
+    if value % unit or value > 255 * unit:
+        raise argparse.ArgumentTypeError(
+            f"expected a multiple of {unit} up to {255 * unit}, got {text!r}"
+        )
+    return value
 
 
 @dataclass(frozen=True)
@@ -218,36 +287,104 @@ def warn(line: str) -> None:
     say(f"warning: {line}", sys.stderr)
 
 
-def encode_file(load: Callable[[], Coder], job: Job, args: argparse.Namespace) -> str:
+def encode_file(load: Callable[..., Coder], job: Job, args: argparse.Namespace) -> str:
     """Code one picture; return a line about the result.
 
     Args:
         load: returns the coder; see `main`.
     """
+    tile: int | None = None
 
     def check_size(height: int, width: int) -> None:
-        container.check_size(height, width)
-        check_memory(load().model, height, width)
+        nonlocal tile
+        container.check_tiled_size(height, width, container.TILE_UNIT)
+        if args.tile_size is not None:
+            container.check_tiled_size(height, width, args.tile_size)
+            margin, tile = DEFAULT_MARGIN, args.tile_size
+            if tile:
+                model = load().model
+                check_tiles(model, height, width, tile, margin, args.max_memory, args.jobs)
+                return
+        elif height * width > MAX_WHOLE_PIXELS or args.max_memory:
+            tile = choose_tile(load().model, height, width, args.max_memory, args.jobs)
+        if not tile:
+            container.check_size(height, width)
+            check_memory(load().model, height, width)
 
     source = io.BytesIO(read_bytes(job, MAX_PICTURE_BYTES))
-    image = utils.read_image(source, name=job.name, check_size=check_size, report=warn)
-    coder = load()
+    image = utils.read_image(
+        source,
+        name=job.name,
+        check_size=check_size,
+        report=warn,
+        keep_metadata=args.keep_metadata,
+    )
     with data_errors(job.name):
-        x = utils.to_tensor(image)[None].to(next(coder.model.parameters()).device)
-        data, remark = encode_to_target(coder, x, args)
-        if args.verify:
-            coder.decode(data)
+        if tile or args.keep_metadata:
+            data, remark = encode_in_tiles(load(in_tiles=True), image, tile or 0, job, args)
+        else:
+            coder = load()
+            x = utils.to_tensor(image)[None].to(next(coder.model.parameters()).device)
+            data, remark = encode_to_target(
+                lambda quality: coder.encode(x, quality),
+                lambda data: utils.psnr(coder.decode(data), x),
+                image.width * image.height,
+                args,
+            )
+            if args.verify:
+                coder.decode(data)
     write_bytes(data, job.target)
     return describe_size(image.width, image.height, len(data)) + remark
 
 
-def encode_to_target(coder: Coder, x: Tensor, args: argparse.Namespace) -> tuple[bytes, str]:
-    """Code a picture (1, 3, height, width) at the quality, or for the target, that flags give.
+def encode_in_tiles(
+    coder: Coder, image: Image.Image, tile: int, job: Job, args: argparse.Namespace
+) -> tuple[bytes, str]:
+    """`encode_to_target` for files of version 3, which are verified if flags say so."""
+    from models import tiles
+
+    track = functools.partial(utils.progress, unit="tile", name=job.name)
+    profile, exif = (
+        (image.info.get(name) or b"" if args.keep_metadata else b"")
+        for name in ("icc_profile", "exif")
+    )
+
+    def code(quality: float | None) -> bytes:
+        return tiles.encode(
+            coder,
+            image,
+            quality,
+            tile=tile,
+            margin=DEFAULT_MARGIN,
+            icc=profile,
+            exif=exif,
+            jobs=args.jobs,
+            verify=args.verify,
+            track=track,
+        )
+
+    def psnr(data: bytes) -> float:
+        decoded, _ = tiles.decode(coder, container.unpack(data), jobs=args.jobs, track=track)
+        return utils.picture_psnr(decoded, image)
+
+    return encode_to_target(code, psnr, image.width * image.height, args)
+
+
+def encode_to_target(
+    encode: Callable[[float | None], bytes],
+    psnr: Callable[[bytes], float],
+    pixels: int,
+    args: argparse.Namespace,
+) -> tuple[bytes, str]:
+    """Code a picture of so many pixels at the quality, or for the target, that flags give.
+
+    Args:
+        encode: codes it at a quality.
+        psnr: of a coded picture, in dB.
 
     Returns:
         The `.mvc` file, and what there is to say about its quality.
     """
-    pixels = x.shape[-2] * x.shape[-1]
     if args.target_psnr is not None:
         target, unit = args.target_psnr, "dB"
     elif args.target_bpp is not None:
@@ -255,13 +392,13 @@ def encode_to_target(coder: Coder, x: Tensor, args: argparse.Namespace) -> tuple
     elif args.target_bytes is not None:
         target, unit = args.target_bytes, "bytes"
     else:
-        data = coder.encode(x, args.quality)
+        data = encode(args.quality)
         return data, "" if args.quality is None else f", quality {args.quality:g}"
 
     def measure(data: bytes) -> float:
         """What has a target, in its unit."""
         if unit == "dB":
-            return utils.psnr(coder.decode(data), x)
+            return psnr(data)
         return 8 * len(data) / pixels if unit == "bpp" else len(data)
 
     def logarithm(value: float) -> float:
@@ -269,7 +406,7 @@ def encode_to_target(coder: Coder, x: Tensor, args: argparse.Namespace) -> tuple
         return value * math.log(10) / 10 if unit == "dB" else math.log(value)
 
     def code(quality: float) -> search.Coding:
-        data = coder.encode(x, quality)
+        data = encode(quality)
         return search.Coding(quality, data, logarithm(measure(data)))
 
     found, codings = search.find_coding(code, logarithm(target))
@@ -281,15 +418,118 @@ def encode_to_target(coder: Coder, x: Tensor, args: argparse.Namespace) -> tuple
     return found.data, remark
 
 
-def decode_file(load: Callable[[], Coder], job: Job) -> str:
-    """Decode one `.mvc` file; return a line about the result."""
+def decode_file(load: Callable[..., Coder], job: Job, args: argparse.Namespace) -> str:
+    """Decode one `.mvc` file; return a line about the result.
+
+    Raises:
+        DataError: it cannot be decoded; or tiles are damaged and, as flags ask for, were filled.
+    """
     data = read_bytes(job, container.MAX_BYTES)
+    scale = SCALES[args.scale]
+    damage = None
     with data_errors(job.name):
-        stream = container.unpack(data)
-        check_memory(load().model, stream.height, stream.width)
-        image = utils.to_image(load().decode(stream)[0])
-    write_bytes(save_picture(image, job.target), job.target)
-    return describe_size(image.width, image.height, len(data))
+        stream = container.unpack(data, args.salvage)
+        region = check_region(stream, args.region)
+        if isinstance(stream, container.TiledStream):
+            image, damaged = decode_tiles(load, stream, job, args)
+            if damaged:
+                damage = container.describe_damage(stream, damaged)
+            options = {"icc_profile": stream.icc, "exif": stream.exif}
+            save_large_picture(image, job.target, {k: v for k, v in options.items() if v})
+        else:
+            check_memory(load().model, stream.height, stream.width)
+            image = utils.to_image(load().decode(stream)[0])
+            if region:
+                x, y, width, height = region
+                image = image.crop((x, y, x + width, y + height))
+            if scale > 1:
+                image = image.reduce(scale)
+            write_bytes(save_picture(image, job.target), job.target)
+    if damage:
+        raise DataError(f"{job.name}: {damage}; filled with the mean of those around them")
+    line = describe_size(stream.width, stream.height, len(data))
+    return f"{line}, {image.width}x{image.height} decoded" if region or scale > 1 else line
+
+
+def check_region(
+    stream: container.Stream | container.TiledStream, region: Sequence[int] | None
+) -> tuple[int, int, int, int] | None:
+    """Check that a region is part of a picture.
+
+    Raises:
+        DataError: it is not.
+    """
+    if region is None:
+        return None
+    x, y, width, height = region
+    if not (0 < width <= stream.width - x and 0 < height <= stream.height - y):
+        raise DataError(
+            f"a region of {width}x{height} at {x}, {y} is no part of a picture of "
+            f"{stream.width}x{stream.height} pixels"
+        )
+    return x, y, width, height
+
+
+def decode_tiles(
+    load: Callable[..., Coder],
+    stream: container.TiledStream,
+    job: Job,
+    args: argparse.Namespace,
+) -> tuple[Image.Image, list[int]]:
+    """What `tiles.decode` returns, with the flags' options."""
+    height, width = args.region[3:1:-1] if args.region else (stream.height, stream.width)
+    # Whole, before PyTorch is loaded.
+    if not args.salvage and not args.region:
+        damaged = stream.damaged()
+        if damaged:
+            raise DataError(f"{container.describe_damage(stream, damaged)}; {SALVAGE_HINT}")
+    check_tiles(load().model, height, width, stream.tile, stream.margin, args.max_memory, args.jobs)
+    from models import tiles
+
+    return tiles.decode(
+        load(in_tiles=True),
+        stream,
+        region=args.region and tuple(args.region),
+        scale=SCALES[args.scale],
+        jobs=args.jobs,
+        salvage=args.salvage,
+        track=functools.partial(utils.progress, unit="tile", name=job.name),
+    )
+
+
+def save_large_picture(image: Image.Image, target: Path | None, metadata: dict) -> None:
+    """Write a picture in the format of a file's ending, without a copy of it in memory.
+
+    Args:
+        metadata: arguments for Pillow.
+
+    Raises:
+        BrokenPipeError: nobody reads standard output any more.
+        DataError: the format cannot hold it.
+        UsageError: it cannot be written.
+    """
+    # Whether the format keeps every sample shows on some noise.
+    noise = Image.merge("RGB", [Image.effect_noise((64, 64), 64) for _ in "RGB"])
+    save_picture(noise, target)
+
+    name = picture_format(target)
+    options = metadata | {"PNG": PNG_OPTIONS, "WEBP": {"lossless": True}}.get(name, {})
+    try:
+        if target is None:
+            image.save(sys.stdout.buffer, format=name, **options)
+            sys.stdout.buffer.flush()
+        else:
+            with utils.atomic_write(target) as path, open(path, "wb") as file:
+                image.save(file, format=name, **options)
+    except OSError as error:
+        if target is None and isinstance(error, BrokenPipeError):
+            raise
+        if error.errno is None:  # Pillow's own
+            raise DataError(f"cannot write {target} in this format: {error}") from None
+        where = target or "standard output"
+        raise UsageError(f"cannot write {where}: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"cannot write {target} in this format: {error}") from None
 
 
 def save_picture(image: Image.Image, target: Path | None) -> bytes:
@@ -316,21 +556,54 @@ def describe_size(width: int, height: int, num_bytes: int) -> str:
 
 
 def describe(data: bytes) -> str:
-    """One line about a `.mvc` file.
+    """What there is to say about a `.mvc` file: a line, and one for each of its first tiles.
 
     Raises:
         BitstreamError: it is not one, or it is damaged.
     """
     stream = container.unpack(data)
-    strings = len(stream.y) + len(stream.z)
     path = "exact" if stream.exact else "fast (same machine only)"
     quality = "" if stream.quality is None else f"quality {stream.quality:g}, "
-    return (
+    line = (
         f"{describe_size(stream.width, stream.height, len(data))}, {quality}"
         f"model {stream.fingerprint.hex()}, version {stream.version}, {path} entropy path, "
+    )
+    if isinstance(stream, container.TiledStream):
+        return line + "\n".join(describe_tiles(stream))
+    strings = len(stream.y) + len(stream.z)
+    return line + (
         f"y {len(stream.y)} bytes, z {len(stream.z)} bytes, header {len(data) - strings} bytes "
         f"with {len(stream.guards)} guards"
     )
+
+
+def describe_tiles(stream: container.TiledStream) -> list[str]:
+    """The end of a line about a file, and lines about its tiles.
+
+    Raises:
+        BitstreamError: tiles are damaged.
+    """
+    damaged = stream.damaged()
+    if damaged:
+        raise container.BitstreamError(
+            f"{container.describe_damage(stream, damaged)}; {SALVAGE_HINT}"
+        )
+    rows, columns = stream.rows, stream.columns
+    size = f"up to {stream.tile} pixels" if stream.tile else "any size"
+    lines = [
+        f"{len(rows)}x{len(columns)} tiles of {size}, margin {stream.margin}, "
+        f"ICC profile {len(stream.icc)} bytes, EXIF {len(stream.exif)} bytes"
+    ]
+    for i, tile in enumerate(stream.tiles[:LISTED_TILES]):
+        row, column = divmod(i, len(columns))
+        (top, bottom), (left, right) = rows[row], columns[column]
+        bottom, right = min(bottom, stream.height), min(right, stream.width)
+        lines.append(
+            f"  {stream.name(i)}: {right - left}x{bottom - top} at {left}, {top}, {len(tile)} bytes"
+        )
+    if len(stream.tiles) > LISTED_TILES:
+        lines.append(f"  and {len(stream.tiles) - LISTED_TILES} more")
+    return lines
 
 
 def picture_format(target: Path | None) -> str:
@@ -390,28 +663,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = find_checkpoint(args.checkpoint)
 
     @functools.cache
-    def load() -> Coder:
+    def load(in_tiles: bool = False) -> Coder:
         """The coder, made when the first input is found fit to be coded.
 
-        All that is checked before costs no PyTorch, which takes seconds to import.
+        All that is checked before costs no PyTorch, which takes seconds to import. On a GPU tiles,
+        which are of few sizes, have one that replays CUDA graphs.
         """
         from models import Coder, load_model
 
-        keep_freed_memory()
+        if in_tiles:
+            coder = load()
+            if not args.cuda:
+                return coder
+            return Coder(coder.model, exact=coder.exact, graphs=True, precision=coder.precision)
+        if args.max_memory is None:  # else what was freed would count
+            keep_freed_memory()
         device = utils.select_device(args.cuda)
         exact = args.command == "decode" or not args.fast_entropy
         model = load_model(checkpoint, device)
+        limit_device(device, args.max_memory)
         if args.command == "encode":
             rates = (args.quality, args.target_bpp, args.target_psnr, args.target_bytes)
             is_given = any(rate is not None for rate in rates)
             check_rate(model, is_given, args.checkpoint, RATE_FLAGS)
         precision = utils.chosen_precision(args.precision, device)
-        return Coder(model, exact=exact, precision=precision)
+        coder = Coder(model, exact=exact, precision=precision)
+        if args.max_memory:
+            coder.prepare()  # so that what it takes is known before tiles are chosen
+        return coder
 
     def work(job: Job) -> str:
         if args.command == "encode":
             return encode_file(load, job, args)
-        return decode_file(load, job)
+        return decode_file(load, job, args)
 
     run(jobs, work, sys.stderr if args.output == STANDARD else sys.stdout)
 

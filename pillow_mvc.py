@@ -20,7 +20,8 @@ Limits:
 - 8-bit RGB. Grey pictures (mode L) come back as RGB. Other modes raise an OSError; convert them.
 - Colours of an embedded profile are converted to sRGB. The profile itself, EXIF (so the
   orientation, too) and all other metadata are not stored: see `ImageOps.exif_transpose`.
-- Sides of at most 65,535 pixels, 2**26 pixels in all, and no more than memory holds.
+- Sides of at most 65,535 pixels. Pictures of more than 4 megapixels are coded in tiles; decoded,
+  they must fit in memory as 8-bit samples.
 - A file ends where its stream ends: nothing may follow it in the same file.
 - Streams are those of the exact entropy path, which any machine decodes. Files made with
   `codec.py encode --fast-entropy` raise an OSError on other machines.
@@ -41,7 +42,13 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 import utils
 from models import container
 from models.checkpoint import CHECKPOINT_FOLDER, find_checkpoint
-from models.memory import check_memory
+from models.memory import (
+    DEFAULT_MARGIN,
+    MAX_WHOLE_PIXELS,
+    check_memory,
+    check_tiles,
+    choose_tile,
+)
 from utils import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -103,9 +110,20 @@ class _Decoder(ImageFile.PyDecoder):
             if (stream.width, stream.height) != (self.state.xsize, self.state.ysize):
                 raise DataError("the file was changed since it was opened")
             coder = _coder_of_model(stream.fingerprint)
-            check_memory(coder.model, stream.height, stream.width)
-            self.set_as_raw(utils.to_image(coder.decode(stream)[0]).tobytes())
+            self.set_as_raw(_decode(coder, stream).tobytes())
         return -1, 0  # all is decoded, without an error
+
+
+def _decode(coder: Coder, stream: container.Stream | container.TiledStream) -> Image.Image:
+    height, width = stream.height, stream.width
+    if isinstance(stream, container.TiledStream):
+        from models import tiles
+
+        check_tiles(coder.model, height, width, stream.tile, stream.margin, None, 1)
+        image, _ = tiles.decode(coder, stream)
+        return image
+    check_memory(coder.model, height, width)
+    return utils.to_image(coder.decode(stream)[0])
 
 
 def _save(image: Image.Image, file: IO[bytes], _: str | bytes) -> None:
@@ -113,15 +131,25 @@ def _save(image: Image.Image, file: IO[bytes], _: str | bytes) -> None:
         raise OSError(f"cannot write mode {image.mode} as MVC; convert the picture to RGB")
     options = image.encoderinfo
     with _os_errors():
-        container.check_size(image.height, image.width)
         path, device = _in_use[0]
         coder = _load(path, device)
-        check_memory(coder.model, image.height, image.width)
+        tile = None
+        if image.height * image.width > MAX_WHOLE_PIXELS:
+            container.check_tiled_size(image.height, image.width, container.TILE_UNIT)
+            tile = choose_tile(coder.model, image.height, image.width, None, 1)
+        else:
+            container.check_size(image.height, image.width)
+            check_memory(coder.model, image.height, image.width)
     quality = _quality(coder, path, options.get("quality"))
     with _os_errors():
         profile = options.get("icc_profile", image.info.get("icc_profile"))
         converted, _ = utils.to_srgb(image, profile)
-        data = coder.encode(utils.to_tensor(converted)[None].to(device), quality)
+        if tile:
+            from models import tiles
+
+            data = tiles.encode(coder, converted, quality, tile=tile, margin=DEFAULT_MARGIN)
+        else:
+            data = coder.encode(utils.to_tensor(converted)[None].to(device), quality)
     file.write(data)
 
 

@@ -15,6 +15,7 @@ import math
 import os
 import platform
 import random
+import re
 import secrets
 import signal
 import stat
@@ -22,11 +23,12 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
+from tqdm import tqdm
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("mambavc")
 
 MS_SSIM_MIN_SIDE = 161  # four halvings of an 11-pixel window: (11 - 1) * 2**4 + 1
+SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
 # A colour profile that moves no sample by more levels than this is sRGB by another name.
 MAX_PROFILE_DIFFERENCE = 2
 
@@ -135,8 +138,45 @@ def number(
     return parse
 
 
+def size_in_bytes(text: str) -> int:
+    """argparse type: bytes, with K, M, G or T for powers of 1024."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)i?B?", text, re.IGNORECASE)
+    value = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if not value:
+        raise argparse.ArgumentTypeError(f"expected a size such as 4G or 800M, got {text!r}")
+    return value
+
+
 positive_int = number(int, 1)
 quality = number(float, 0, most=100)  # of a network of every rate
+
+
+def progress(items: Iterable, total: int, unit: str, name: object = None) -> Iterator:
+    """Pass items on and show how many of them were taken, how fast, and how long the rest takes.
+
+    On a terminal that is a bar. Elsewhere, in a log for instance, it is a line now and then, which
+    work that is done sooner does not need.
+
+    Args:
+        total: number of items.
+        unit: what one is called.
+        name: of what they are parts of.
+    """
+    if sys.stderr is None or sys.stderr.isatty():
+        yield from tqdm(items, name and str(name), total, unit=f" {unit}", leave=False)
+        return
+    start = said = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - said >= SECONDS_BETWEEN_LINES and done < total:
+            said = now
+            speed = done / (now - start)
+            print(
+                f"{'' if name is None else f'{name}: '}{done} of {total} {unit}s, "
+                f"{speed:.3g} a second, {(total - done) / speed:.0f} s left",
+                file=sys.stderr,
+            )
 
 
 def setup_logging(file: Path | None = None) -> None:
@@ -242,6 +282,7 @@ def read_image(
     name: object = None,
     check_size: Callable[[int, int], None] | None = None,
     report: Callable[[str], None] | None = None,
+    keep_metadata: bool = False,
 ) -> Image.Image:
     """Read a picture as 8-bit sRGB, upright.
 
@@ -254,23 +295,26 @@ def read_image(
         source: path or file object.
         name: how messages call it, by default its path.
         check_size: called with height and width before any pixel is decoded; a ValueError or
-            DataError that it raises refuses the picture.
+            DataError that it raises refuses the picture. It stands for Pillow's own limit.
         report: called with one line where the colours were converted, or could not be.
+        keep_metadata: leave the samples of RGB pictures in the colours of their profile, which is
+            then in ``info["icc_profile"]`` of what is returned, and EXIF in ``info["exif"]``.
 
     Raises:
         DataError: the file cannot be read as a picture, or it was refused.
     """
     name = source if name is None else name
-    with _picture_errors(name):
+    limit = Image.MAX_IMAGE_PIXELS if check_size is None else None
+    with _picture_errors(name), _pixel_limit(limit):
         image = Image.open(source)
     with image:
         if check_size is not None:
             with data_errors(name):
                 check_size(image.height, image.width)
-        with _picture_errors(name):
+        with _picture_errors(name), _pixel_limit(limit):
             image.load()
             file_format, profile = image.format, image.info.get("icc_profile")
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)  # a copy would take memory
     # Mode I holds the 16-bit samples of a PGM, and, with older versions of Pillow, of a PNG.
     if image.mode == "F" or (image.mode == "I" and file_format not in ("PNG", "PPM")):
         raise DataError(
@@ -286,13 +330,38 @@ def read_image(
         opacity = image.getchannel("A")
     if grey or image.mode != "CMYK":
         image = image.convert("L" if grey else "RGB")
-    image, note = to_srgb(image, profile)
-    if note and report is not None:
-        report(f"{name}: {note}")
+    # Of white, all profiles of RGB say the same.
+    keep_profile = keep_metadata and profile and image.mode == "RGB" and _is_of_rgb(profile)
+    if not keep_profile:
+        image, note = to_srgb(image, profile)
+        if note and report is not None:
+            report(f"{name}: {note}")
     if opacity is not None:
+        info = image.info
         image = Image.composite(image, Image.new("RGB", image.size, "white"), opacity)
-    image.info.pop("icc_profile", None)  # which a saved copy would still claim to be in
+        image.info |= info
+    if not keep_profile:
+        image.info.pop("icc_profile", None)  # which a saved copy would still claim to be in
     return image
+
+
+def _is_of_rgb(profile: bytes) -> bool:
+    try:
+        space = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space
+    except (OSError, ImageCms.PyCMSError):
+        return False
+    return space.strip() == "RGB"
+
+
+@contextlib.contextmanager
+def _pixel_limit(limit: int | None) -> Iterator[None]:
+    """Let Pillow read pictures of so many pixels, or of any number."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = limit
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 @contextlib.contextmanager
@@ -311,8 +380,13 @@ def _picture_errors(name: object) -> Iterator[None]:
 def _to_8_bits(image: Image.Image) -> Image.Image:
     import numpy as np
 
-    samples = np.asarray(image, dtype=np.float64) / 257
-    return Image.fromarray(samples.round().clip(0, 255).astype(np.uint8))
+    result = Image.new("L", image.size)
+    for top in range(0, image.height, 256):  # rows, or the integers would take four times as much
+        part = np.asarray(image.crop((0, top, image.width, min(top + 256, image.height))))
+        # Rounded: 257 is odd, so that nothing lies in the middle.
+        rounded = ((part.astype(np.int64) + 128) // 257).clip(0, 255)
+        result.paste(Image.fromarray(rounded.astype(np.uint8)), (0, top))
+    return result
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str | None]:
@@ -373,6 +447,19 @@ def psnr(a: Tensor, b: Tensor) -> float:
         a, b: same shape, in [0, 1]. Identical pictures give infinity.
     """
     mse = (to_uint8(a).double() - to_uint8(b).double()).square().mean().item()
+    return 10 * math.log10(255**2 / mse) if mse else math.inf
+
+
+def picture_psnr(a: Image.Image, b: Image.Image) -> float:
+    """`psnr` of two RGB pictures of any size, of which a few rows at a time are compared."""
+    import numpy as np
+
+    total = 0
+    for top in range(0, a.height, 256):
+        box = (0, top, a.width, min(top + 256, a.height))
+        first, second = (np.asarray(image.crop(box)).astype(np.int64) for image in (a, b))
+        total += int(np.square(first - second).sum())
+    mse = total / (3 * a.width * a.height)
     return 10 * math.log10(255**2 / mse) if mse else math.inf
 
 

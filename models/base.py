@@ -82,8 +82,18 @@ class SliceHyperprior(CompressionModel):
         precision: torch.dtype = torch.float32,
     ) -> tuple[Tensor, Tensor]:
         """y and z of padded pictures, times their gains; for the precision see `forward`."""
-        y = scaled(_transform(self.g_a, x, precision), y_enc)
-        return y, scaled(self.h_a(y), z_enc)
+        y = self.latents(x, y_enc, precision)
+        return y, self.hyper_latents(y, z_enc)
+
+    def latents(
+        self, x: Tensor, y_enc: Tensor | None = None, precision: torch.dtype = torch.float32
+    ) -> Tensor:
+        """y of padded pictures, times its gain; for the precision see `forward`."""
+        return scaled(_transform(self.g_a, x, precision), y_enc)
+
+    def hyper_latents(self, y: Tensor, z_enc: Tensor | None = None) -> Tensor:
+        """z of y, times its gain."""
+        return scaled(self.h_a(y), z_enc)
 
     def synthesise(
         self, y_hat: Tensor, y_dec: Tensor | None = None, precision: torch.dtype = torch.float32

@@ -29,7 +29,7 @@ from layers.compressai import CompressionModel
 from layers.winograd import WinogradConv2d
 
 from . import container
-from .container import BitstreamError, Stream
+from .container import BitstreamError, Stream, TiledStream
 from .entropy import (
     LatentDecoder,
     LatentEncoder,
@@ -113,6 +113,10 @@ class Coder:
         with torch.inference_mode(False), torch.no_grad():
             return in_float64(self.model.gains)
 
+    def prepare(self) -> None:
+        """Make what is otherwise made at the first picture, which threads must not do at once."""
+        _ = self._exact_slices, self._gains, self.fingerprint
+
     @torch.no_grad()
     def compress(self, x: Tensor, quality: float | None = None) -> dict:
         """Encode pictures to strings.
@@ -131,8 +135,8 @@ class Coder:
                 given to a network of a single rate.
         """
         gain, rounded_gain = self._gains_at(quality)
-        self._make_room(len(x), *self._z_shape(*x.shape[-2:]))
-        encoder = LatentEncoder(self._tables, len(x))
+        shape = self._z_shape(*x.shape[-2:])
+        self._make_room(len(x), *shape)
         stretches = self._run(
             self._analysis,
             self.model.pad(x),
@@ -141,17 +145,20 @@ class Coder:
             rounded_gain.z_enc,
             gain.z_dec,
         )
+        coded = self._write(stretches, len(x))
+        return {**coded, "shape": shape, "size": tuple(x.shape[-2:]), "quality": quality}
+
+    def _write(self, stretches: Generator, batch: int) -> dict:
+        """What `compress` returns of the symbols that these stretches yield."""
+        encoder = LatentEncoder(self._tables, batch)
         z = _fetch(next(stretches))
         y = _fetch(next(stretches))
         z_strings = encoder.encode_z(Symbols(*z()))  # while the device predicts y
         y_strings = encoder.encode_y(Symbols(*y()))
         return {
             "strings": [y_strings, z_strings],
-            "shape": self._z_shape(*x.shape[-2:]),
-            "size": tuple(x.shape[-2:]),
             "guards": encoder.guards,
             "crcs": encoder.crcs,
-            "quality": quality,
         }
 
     @torch.no_grad()
@@ -181,6 +188,22 @@ class Coder:
             ValueError: the picture is not finite: clamped, its infinities would look white; or
                 the quality is missing, out of range or given to a network of a single rate.
         """
+        stretches, y_hat = self._read(strings, shape, guards, crcs, quality, exact)
+        x_hat = next(stretches)
+        height, width = size or (None, None)
+        x_hat = x_hat[..., :height, :width]
+        return {"x_hat": _in_range(x_hat), "y_hat": y_hat.clone()}
+
+    def _read(
+        self,
+        strings: Sequence[Sequence[bytes]],
+        shape: Sequence[int],
+        guards: Sequence[Sequence[tuple[int, int]]] | None,
+        crcs: Sequence[int] | None,
+        quality: float | None,
+        exact: bool | None,
+    ) -> tuple[Generator, Tensor]:
+        """y_hat of what `compress` returned, and the stretches that go on with x_hat."""
         gain, rounded_gain = self._gains_at(quality)
         y_strings, z_strings = strings
         batch = len(y_strings)
@@ -211,12 +234,78 @@ class Coder:
                 "decoded symbols differ from those that were encoded; the stream is damaged, or "
                 "it was made by another model or without the exact entropy path on another machine"
             )
-        y_hat, x_hat = stretch, next(stretches)
-        height, width = size or (None, None)
-        x_hat = x_hat[..., :height, :width]
-        if not x_hat.isfinite().all():
-            raise ValueError("the network's picture is not finite; check its weights")
-        return {"x_hat": x_hat.clamp(0, 1), "y_hat": y_hat.clone()}
+        return stretches, stretch
+
+    @torch.no_grad()
+    def latents(self, x: Tensor, quality: float | None = None) -> Tensor:
+        """y of pictures, with its gain, before it is rounded.
+
+        Args:
+            x: (batch, 3, height, width), RGB in [0, 1], sides multiples of 16.
+            quality: see `compress`.
+
+        Returns:
+            (batch, M, height / 16, width / 16).
+        """
+        _, gain = self._gains_at(quality)
+        self._make_room(*x.shape)
+        x = x.contiguous(memory_format=torch.channels_last)
+        return next(self._run(self._latents, x, gain.y_enc)).clone()
+
+    @torch.no_grad()
+    def compress_latents(self, y: Tensor, quality: float | None = None) -> dict:
+        """Encode y as `latents` made it: `compress` without the analysis.
+
+        Args:
+            y: (batch, M, rows, columns), both multiples of 4.
+
+        Returns:
+            As `compress`, but for ``size``.
+
+        Raises:
+            ValueError: see `compress`.
+        """
+        gain, rounded_gain = self._gains_at(quality)
+        shape = (y.shape[-2] // 4, y.shape[-1] // 4)
+        self._make_room(len(y), *shape)
+        y = y.contiguous(memory_format=torch.channels_last)
+        stretches = self._run(self._latent_symbols, y, self.exact, rounded_gain.z_enc, gain.z_dec)
+        return {**self._write(stretches, len(y)), "shape": shape, "quality": quality}
+
+    @torch.no_grad()
+    def decompress_latents(
+        self,
+        strings: Sequence[Sequence[bytes]],
+        shape: Sequence[int],
+        guards: Sequence[Sequence[tuple[int, int]]] | None = None,
+        crcs: Sequence[int] | None = None,
+        quality: float | None = None,
+        *,
+        exact: bool | None = None,
+    ) -> Tensor:
+        """y_hat (batch, M, rows, columns) of what `compress` or `compress_latents` returned.
+
+        Raises:
+            BitstreamError, ValueError: see `decompress`.
+        """
+        _, y_hat = self._read(strings, shape, guards, crcs, quality, exact)
+        return y_hat.clone()
+
+    @torch.no_grad()
+    def synthesise(self, y_hat: Tensor, quality: float | None = None) -> Tensor:
+        """Pictures (batch, 3, 16 * rows, 16 * columns) in [0, 1] of y_hat.
+
+        Args:
+            y_hat: (batch, M, rows, columns).
+            quality: see `compress`.
+
+        Raises:
+            ValueError: see `decompress`.
+        """
+        _, gain = self._gains_at(quality)
+        self._make_room(*y_hat.shape)
+        y_hat = y_hat.contiguous(memory_format=torch.channels_last)
+        return _in_range(next(self._run(self._pictures, y_hat, gain.y_dec)))
 
     def encode(self, x: Tensor, quality: float | None = None) -> bytes:
         """Code one picture as a `.mvc` file.
@@ -254,6 +343,26 @@ class Coder:
                 was coded without the exact entropy path, another machine did.
         """
         stream = data if isinstance(data, Stream) else container.unpack(data)
+        if isinstance(stream, TiledStream):
+            raise BitstreamError("the picture is in tiles; decode it with models.tiles.decode")
+        self.check_model(stream)
+        with self.bitstream_errors(stream.exact):
+            return self.decompress(
+                strings=[[stream.y], [stream.z]],
+                shape=self._z_shape(stream.height, stream.width),
+                size=(stream.height, stream.width),
+                guards=[stream.guards],
+                crcs=[stream.crc],
+                quality=stream.quality,
+                exact=stream.exact,
+            )["x_hat"]
+
+    def check_model(self, stream: Stream | TiledStream) -> None:
+        """Check that this model made a file.
+
+        Raises:
+            BitstreamError: it did not.
+        """
         if stream.fingerprint != self.fingerprint:
             raise BitstreamError(
                 f"the file was made by model {stream.fingerprint.hex()}, this checkpoint is model "
@@ -264,18 +373,19 @@ class Coder:
                 f"the file is damaged: it is of version {stream.version}, which the network that "
                 "made it does not write"
             )
+
+    @staticmethod
+    @contextlib.contextmanager
+    def bitstream_errors(exact: bool) -> Generator[None, None, None]:
+        """Say of strings that cannot be read why that is, where the exact path did not code them.
+
+        Raises:
+            BitstreamError: in place of another.
+        """
         try:
-            return self.decompress(
-                strings=[[stream.y], [stream.z]],
-                shape=self._z_shape(stream.height, stream.width),
-                size=(stream.height, stream.width),
-                guards=[stream.guards],
-                crcs=[stream.crc],
-                quality=stream.quality,
-                exact=stream.exact,
-            )["x_hat"]
+            yield
         except BitstreamError:
-            if stream.exact:
+            if exact:
                 raise
             raise BitstreamError(
                 "the file was coded with the fast entropy path, so it decodes on the machine that "
@@ -301,7 +411,20 @@ class Coder:
         z_dec: Tensor | None,
     ) -> Generator[Symbols, None, None]:
         """Symbols of z, then those of y, of padded pictures; ``z_dec`` is float64."""
-        y, z = self.model.analyse(x, y_enc, z_enc, self.precision)
+        y = self.model.latents(x, y_enc, self.precision)
+        yield from self._latent_symbols(y, exact, z_enc, z_dec)
+
+    def _latents(self, x: Tensor, y_enc: Tensor | None) -> Generator[Tensor, None, None]:
+        yield self.model.latents(x, y_enc, self.precision)
+
+    def _pictures(self, y_hat: Tensor, y_dec: Tensor | None) -> Generator[Tensor, None, None]:
+        yield self.model.synthesise(y_hat, y_dec, self.precision)
+
+    def _latent_symbols(
+        self, y: Tensor, exact: bool, z_enc: Tensor | None, z_dec: Tensor | None
+    ) -> Generator[Symbols, None, None]:
+        """Symbols of z, then those of y."""
+        z = self.model.hyper_latents(y, z_enc)
         symbols = round_z(z, self._tables)
         yield symbols
         slices, dtype = self._path(exact)
@@ -358,14 +481,24 @@ class Coder:
         """Run a generator function of its arguments, of what it is sent, and of the weights."""
         return self._replay.stretches(function, *args) if self._replay else function(*args)
 
-    def _make_room(self, batch: int, rows: int, columns: int) -> None:
-        """Make room for the graphs of a batch with z of so many rows and columns."""
-        size = (batch, rows, columns)
+    def _make_room(self, *size: int) -> None:
+        """Make room for the graphs of a size: batch, rows and columns of z; or a map's shape."""
         if self._replay and size not in self._sizes:
             if len(self._sizes) == MAX_GRAPHED_SIZES:
                 self._replay.forget()
                 self._sizes.clear()
             self._sizes.add(size)
+
+
+def _in_range(x_hat: Tensor) -> Tensor:
+    """Pictures clamped to [0, 1].
+
+    Raises:
+        ValueError: they are not finite: clamped, infinities would look white.
+    """
+    if not x_hat.isfinite().all():
+        raise ValueError("the network's picture is not finite; check its weights")
+    return x_hat.clamp(0, 1)
 
 
 def _fetch(tensors: Iterable[Tensor | None]) -> Callable[[], list[np.ndarray | None]]:

@@ -1,6 +1,6 @@
-"""Memory that coding takes: a picture that does not fit is refused before anything is allocated,
-because on Linux a process that asks for too much is killed without a word; and what was freed is
-used again.
+"""Memory that coding takes: a picture is coded in tiles that fit, and one that does not fit is
+refused before anything is allocated, because on Linux a process that asks for too much is killed
+without a word; and what was freed is used again.
 """
 
 from __future__ import annotations
@@ -12,12 +12,31 @@ from typing import TYPE_CHECKING
 
 from utils import DataError
 
+from .container import MARGIN_UNIT, TILE_UNIT, TiledStream
+from .grid import windows
+
 if TYPE_CHECKING:
+    import torch
+
     from .base import SliceHyperprior
+
+# Pictures of more pixels are coded in tiles, however much memory there is: what is written then
+# depends on the machine only where it has little, and any machine can decode it.
+MAX_WHOLE_PIXELS = 2**22
+DEFAULT_TILE = 512
+DEFAULT_MARGIN = 32
+SAFE_SHARE = 0.8  # of the free memory, that tiles may take; others go on using the machine
+
+# Of a picture of 8 bits while it is read: Pillow's 4 for itself, a copy, and what a conversion of
+# its colours needs. Once it is read, 4 are left.
+READING_BYTES = 16
+PICTURE_BYTES = 4
 
 # Most that encoding and decoding took on a CPU for each pixel and unit of N, measured at 512x768
 # for N = 128 (MambaVC also for 64): the transforms' maps, whose widths are multiples of N.
 BYTES_PER_PIXEL_AND_N = {"MambaVC": 22, "SwinVC": 29, "ConvVC": 10}
+# Beyond that, whatever the picture: compiled code, libraries' work space, memory in pieces.
+FIXED_BYTES = 2**28
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt, from glibc's malloc.h
 
@@ -57,10 +76,7 @@ def check_memory(model: SliceHyperprior, height: int, width: int) -> None:
     """
     if model.entropy_bottleneck.quantiles.device.type != "cpu":
         return
-    # A network of the user's own is taken for the one of ours that takes most.
-    most = max(BYTES_PER_PIXEL_AND_N.values())
-    factor = BYTES_PER_PIXEL_AND_N.get(type(model).__name__, most)
-    needed = factor * model.config["N"] * height * width
+    needed = _network_bytes(model, height * width)
     free = free_memory()
     if needed > free:
         give_back_memory()
@@ -70,6 +86,122 @@ def check_memory(model: SliceHyperprior, height: int, width: int) -> None:
             f"a picture of {width}x{height} pixels takes {needed / 2**30:.1f} GiB of memory with "
             f"this network, and {free / 2**30:.1f} GiB are free; give a smaller picture"
         )
+
+
+def _network_bytes(model: SliceHyperprior, pixels: int) -> int:
+    # A network of the user's own is taken for the one of ours that takes most.
+    most = max(BYTES_PER_PIXEL_AND_N.values())
+    factor = BYTES_PER_PIXEL_AND_N.get(type(model).__name__, most)
+    return factor * model.config["N"] * pixels
+
+
+def choose_tile(
+    model: SliceHyperprior, height: int, width: int, limit: int | None, jobs: int
+) -> int | None:
+    """Longest side of the tiles that a picture is to be coded in; None to code it whole.
+
+    Args:
+        limit: bytes that the process, or on a GPU its part of that, may take; by default a safe
+            share of what is free.
+        jobs: tiles that are coded at the same time.
+
+    Raises:
+        DataError: it does not fit in any tiles.
+    """
+    available = available_memory(model, limit)
+    if height * width <= MAX_WHOLE_PIXELS:
+        if limit is None:
+            check_memory(model, height, width)
+            return None
+        if FIXED_BYTES + _network_bytes(model, height * width) <= available:
+            return None
+    for tile in range(DEFAULT_TILE, 0, -TILE_UNIT):
+        if tiles_bytes(model, height, width, tile, DEFAULT_MARGIN, jobs) <= available:
+            return tile
+    check_tiles(model, height, width, TILE_UNIT, DEFAULT_MARGIN, limit, jobs)
+    return TILE_UNIT
+
+
+def check_tiles(
+    model: SliceHyperprior,
+    height: int,
+    width: int,
+    tile: int,
+    margin: int,
+    limit: int | None,
+    jobs: int,
+) -> None:
+    """Check that a picture can be coded in these tiles; arguments as of `choose_tile`.
+
+    Args:
+        tile, margin: as of `TiledStream`.
+
+    Raises:
+        DataError: it cannot.
+    """
+    needed = tiles_bytes(model, height, width, tile, margin, jobs)
+    available = available_memory(model, limit)
+    if needed > available:
+        cause = "is free" if limit is None else "is left of --max-memory"
+        raise DataError(
+            f"a picture of {width}x{height} pixels takes {needed / 2**30:.2f} GiB of memory with "
+            f"this network in tiles of {tile or 'any size'}, and {max(available, 0) / 2**30:.2f} "
+            f"GiB {cause}; give fewer --jobs, or more memory"
+        )
+
+
+def tiles_bytes(
+    model: SliceHyperprior, height: int, width: int, tile: int, margin: int, jobs: int
+) -> int:
+    """Most that coding a picture in tiles takes, beyond the network itself.
+
+    On a CPU the picture counts: as it is read, then beside the windows of the network. With it the
+    decoder holds the latents of three rows of tiles.
+    """
+    stream = TiledStream(b"", True, height, width, None, tile, margin)
+    window = 1  # pixels
+    for parts in (stream.rows, stream.columns):
+        ((start, stop), *_) = windows(parts, margin, MARGIN_UNIT, parts[-1][1])
+        window *= stop - start
+    tile_height = max(stop - start for start, stop in stream.rows)
+    across = stream.columns[-1][1]
+    latents = 4 * model.config["M"] * 3 * tile_height * across // 256
+    work = jobs * _network_bytes(model, window) + latents + FIXED_BYTES
+    if model.entropy_bottleneck.quantiles.device.type != "cpu":
+        return work
+    pixels = height * width
+    return max(READING_BYTES * pixels, PICTURE_BYTES * pixels + work)
+
+
+def available_memory(model: SliceHyperprior, limit: int | None) -> float:
+    """Bytes that coding may take from now on, on the device of the network."""
+    device = model.entropy_bottleneck.quantiles.device
+    if device.type == "cpu":
+        free, held = free_memory(), resident_memory()
+    else:
+        import torch
+
+        free, held = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
+    return SAFE_SHARE * free if limit is None else min(limit - held, free)
+
+
+def limit_device(device: torch.device, limit: int | None) -> None:
+    """Let PyTorch refuse to take more than so many bytes of a GPU's memory."""
+    if device.type == "cuda" and limit is not None:
+        import torch
+
+        _, total = torch.cuda.mem_get_info(device)
+        torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device)
+
+
+def resident_memory() -> int:
+    """Bytes that this process holds in memory, as far as Linux says so."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    (resident,) = (line.split()[1] for line in lines if line.startswith("VmRSS"))
+    return 1024 * int(resident)
 
 
 def free_memory() -> float:

@@ -28,6 +28,8 @@ class Fault(NamedTuple):
 TRAIN = "tests/test_train.py"
 CODEC = "tests/test_codec.py"
 EVAL = "tests/test_eval.py"
+CODEC_TILES = "tests/test_codec_tiles.py"
+TILES = "tests/test_models_tiles.py"
 CODING = "tests/test_models_coding.py"
 CHECKPOINT = "tests/test_models_checkpoint.py"
 GAINS = "tests/test_models_gains.py"
@@ -36,6 +38,20 @@ SS2D = "tests/test_layers_ss2d.py"
 # One fault in one or two lines reads better than ruff's seven.
 # fmt: off
 FAULTS = [
+    # Tiles.
+    Fault("models/tiles.py", "windows(parts, margin, LATENT, parts[-1][1])",
+          "windows(parts, 0, LATENT, parts[-1][1])", TILES, "margin_brings"),
+    Fault("models/tiles.py", "if damaged and not salvage:", "if False:", TILES, "reads_no_other"),
+    Fault("models/grid.py", "+ 2 * margin", "+ margin", TILES, "windows"),
+    Fault("models/container.py", "_CHECKSUMS.pack(seed, number)", "_CHECKSUMS.pack(seed, 0)", TILES,
+          "other_places"),
+    Fault("models/container.py", "if reader.left and not salvage:", "if False:", TILES,
+          "noticed_and_named"),
+    Fault("models/memory.py", "max(READING_BYTES * pixels, PICTURE", "max(0, PICTURE", CODEC_TILES,
+          "do_not_fit"),
+    Fault("codec.py", "    if damage:", "    if False:", CODEC_TILES, "salvaged"),
+    Fault("codec.py", "elif height * width > MAX_WHOLE_PIXELS or args.max_memory:",
+          "elif height * width > MAX_WHOLE_PIXELS:", CODEC_TILES, "under_its_limit"),
     # The step.
     Fault("train.py", 'loss = terms["loss"] / parts', 'loss = terms["loss"]', TRAIN, "mean_loss"),
     Fault("train.py", "self.clip)", "math.inf)", TRAIN, "mean_loss"),

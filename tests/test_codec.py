@@ -433,11 +433,11 @@ def test_bad_usage_is_one_line_and_no_file(folder, checkpoint, arguments, messag
 
 
 def bomb():
-    """A PNG of one pixel that claims to have 12,000 x 12,000."""
+    """A PNG of one pixel that claims to have 70,000 x 12,000."""
     data = io.BytesIO()
     Image.new("L", (1, 1)).save(data, "PNG")
     data = bytearray(data.getvalue())
-    data[16:24] = struct.pack(">II", 12_000, 12_000)
+    data[16:24] = struct.pack(">II", 70_000, 12_000)
     data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     return bytes(data)
 
@@ -448,7 +448,7 @@ def bomb():
         ("encode", b"", "cannot read"),
         ("encode", b"some text", "no format that Pillow knows"),
         ("encode", "half", "cannot read"),
-        ("encode", "bomb", "12000x12000"),
+        ("encode", "bomb", "70000x12000"),
         ("encode", "float", "floating-point"),
         ("decode", b"", "not an .mvc file"),
         ("decode", b"MVC", "cut off"),

@@ -129,7 +129,7 @@ def header(height=b"\x01", width=b"\x01", guards=b"\x00", z=b"\x00", version=b"\
         (b"", "not an .mvc file"),
         (b"\x89PNG\r\n\x1a\n", "not an .mvc file"),
         (b"MVC\x81", "cut off"),
-        (header(version=b"\x83"), "version 3"),
+        (header(version=b"\x84"), "version 4"),
         (header(version=b"\x82", height=b"\x11\x27\x01"), "quality of 100.01 is outside"),
         (header(version=b"\x00"), "version 0"),
         (header(height=b"\x00"), "1x0"),
@@ -149,6 +149,81 @@ def header(height=b"\x01", width=b"\x01", guards=b"\x00", z=b"\x00", version=b"\
 def test_hostile_header_is_refused_at_once(data, message):
     with pytest.raises(BitstreamError, match=message):
         unpack(data)
+
+
+TILED = container.TiledStream(b"1234", True, 150, 180, 12.5, 64, 32, b"a profile", b"exif")
+TILES = [container.Tile([(5, 1), (9, 2)], bytes(i), bytes([i]) * 9, i) for i in range(9)]
+
+
+def test_what_is_packed_in_tiles_is_unpacked():
+    stream = unpack(container.pack_tiles(TILED, TILES))
+    assert [stream.unpack_tile(i) for i in range(9)] == TILES
+    assert dataclasses.replace(stream, tiles=(), seed=0) == TILED
+    plain = dataclasses.replace(TILED, quality=None, tile=0, icc=b"", exif=b"", exact=False)
+    stream = unpack(container.pack_tiles(plain, TILES[:1]))
+    assert (dataclasses.replace(stream, tiles=(), seed=0), len(stream.tiles)) == (plain, 1)
+
+
+def test_tile_takes_13_bytes_beyond_its_strings():
+    """And the header 22 of this picture."""
+    tiles = [container.Tile([], bytes(10), bytes(200), 0)] * 9
+    plain = dataclasses.replace(TILED, icc=b"", exif=b"")
+    assert len(container.pack_tiles(plain, tiles)) == 22 + 9 * (210 + 12)
+
+
+def test_damaged_metadata_is_refused_or_salvaged_without():
+    data = container.pack_tiles(TILED, TILES)
+    damaged = data.replace(b"a profile", b"b profile")
+    with pytest.raises(BitstreamError, match="metadata is damaged"):
+        unpack(damaged)
+    stream = unpack(damaged + b"more", salvage=True)
+    assert (stream.icc, stream.exif, stream.damaged()) == (b"", b"", [])
+
+
+def tiled_header(height=b"\x01", width=b"\x01", tile=b"\x01", icc=b"\0", exif=b"\0", index=b"\x0a"):
+    """A file of version 3 up to its metadata, with a fitting CRC."""
+    head = b"MVC\x83" + bytes(6) + height + width + tile + b"\x02" + icc + exif + index
+    return head + struct.pack("<I", zlib.crc32(head))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (tiled_header(height=b"\x00"), "1x0"),
+        (tiled_header(width=b"\x80\x80\x04"), "65536x1"),
+        (tiled_header(height=b"\x80\x80\x40", width=b"\x80\x80\x40"), "1048576x1048576"),
+        (tiled_header(height=b"\xff\xff\x03", width=b"\xff\xff\x03"), "1048576 tiles with 5 b"),
+        (tiled_header(b"\xff\xff\x03", b"\xff\xff\x03", tile=b"\0"), "at most 67108864 pixels"),
+        (tiled_header(index=b"\x09"), "lengths in its header"),
+        (tiled_header(icc=b"\x81\x80\x40"), "lengths in its header"),
+        (tiled_header(index=b""), "checksum does not match|cut off|length of"),
+        (tiled_header(index=b"\x0a\x0a"), "header is damaged"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_hostile_header_of_tiles_is_refused_at_once(data, message):
+    with pytest.raises(BitstreamError, match=message):
+        unpack(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fingerprint": b"123"},
+        {"tile": 100},
+        {"tile": 256 * 64},
+        {"margin": 8},
+        {"icc": bytes(2**20 + 1)},
+        {"exif": bytes(2**20 + 1)},
+        {"tile": 0},
+        {"height": 65_536},
+        {"quality": 33.333},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_tiles_that_could_not_be_read_are_not_written(change):
+    with pytest.raises(ValueError, match=r"fingerprint|multiple|bytes of|tiles|pixels|quality"):
+        container.pack_tiles(dataclasses.replace(TILED, **change), TILES)
 
 
 def test_smallest_and_largest_pictures_are_accepted():

@@ -1,6 +1,7 @@
 """What the programs share: pictures, metrics, files that are not lost, errors of one line."""
 
 import argparse
+import itertools
 import math
 import os
 import signal
@@ -86,6 +87,37 @@ def test_every_kind_of_picture_becomes_8_bit_rgb(tmp_path):
     colour.save(tmp_path / "x.png", exif=turned)
     upright = np.array(utils.read_image(tmp_path / "x.png"))
     assert upright.tolist() == [[[255, 0, 0]], [[0, 0, 255]]]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("4G", 4 * 2**30), ("1.5g", 3 * 2**29), ("800 MiB", 800 * 2**20), ("123", 123), ("2KB", 2048)],
+)
+def test_sizes_in_bytes(text, size):
+    assert utils.size_in_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1G", "1e9", "4 Q", "0", "nan", "0.0000001K"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="expected a size such as 4G"):
+        utils.size_in_bytes(text)
+
+
+def test_progress_is_said_now_and_then_where_there_is_no_terminal(monkeypatch, capsys):
+    """As if each of four items took 20 seconds."""
+    times = itertools.count(0, 20)
+    monkeypatch.setattr(utils.time, "monotonic", lambda: next(times))
+    assert [*utils.progress(iter("abcd"), 4, "tile", "x.png")] == [*"abcd"]
+    assert capsys.readouterr().err == "x.png: 2 of 4 tiles, 0.05 a second, 40 s left\n"
+
+
+def test_psnr_of_pictures_is_that_of_tensors():
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 256, (600, 31, 3), dtype=np.uint8) for _ in "ab"]
+    images = [Image.fromarray(array) for array in arrays]
+    tensors = [utils.to_tensor(image) for image in images]
+    assert utils.picture_psnr(*images) == pytest.approx(utils.psnr(*tensors), abs=1e-9)
+    assert utils.picture_psnr(images[0], images[0]) == math.inf
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.tiff", "x.pgm"])
