@@ -323,9 +323,7 @@ class Run:
         return [summarise(rows) for rows in self.points]
 
 
-def as_curve(
-    runs: Sequence[Run], folder: Path, how: str, precision: torch.dtype
-) -> dict:
+def as_curve(runs: Sequence[Run], folder: Path, how: str, precision: torch.dtype) -> dict:
     """The runs of several checkpoints on a folder as one curve, in CompressAI's format."""
     means = [without_infinity(mean) for run in runs for mean in run.means]
     qualities = [rows[0]["quality"] for run in runs for rows in run.points if "quality" in rows[0]]
