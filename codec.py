@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from PIL import Image
-from tqdm import tqdm
 
 import utils
 from models import container, search
@@ -277,14 +276,8 @@ def write_bytes(data: bytes, target: Path | None) -> None:
         raise UsageError(f"cannot write {where}: {error.strerror or error}") from None
 
 
-def say(line: str, to: TextIO | None) -> None:
-    """Print a line above the progress bar; to nowhere if the stream is closed."""
-    if to is not None:
-        tqdm.write(line, file=to)
-
-
 def warn(line: str) -> None:
-    say(f"warning: {line}", sys.stderr)
+    utils.say(f"warning: {line}", sys.stderr)
 
 
 def encode_file(load: Callable[..., Coder], job: Job, args: argparse.Namespace) -> str:
@@ -628,17 +621,19 @@ def run(jobs: Sequence[Job], work: Callable[[Job], str], to: TextIO | None) -> N
     Raises:
         DataError: one failed, or, where there are several and they have been named, any did.
     """
+    if len(jobs) == 1:
+        utils.say(f"{jobs[0].name}: {work(jobs[0])}", to)
+        return
     failed = 0
-    for job in tqdm(jobs, unit="file", disable=None if len(jobs) > 1 else True, leave=False):
-        try:
-            line = work(job)
-        except DataError as error:  # noqa: PERF203, the other files are still good
-            if len(jobs) == 1:
-                raise
-            failed += 1
-            say(f"error: {error}", sys.stderr)
-        else:
-            say(f"{job.name}: {line}", to)
+    with utils.progress(jobs, len(jobs), "file", label=lambda job: job.name) as tracked:
+        for job in tracked:
+            try:
+                line = work(job)
+            except DataError as error:  # noqa: PERF203, the other files are still good
+                failed += 1
+                utils.say(f"error: {error}", sys.stderr)
+            else:
+                utils.say(f"{job.name}: {line}", to)
     if failed:
         raise DataError(f"{failed} of {len(jobs)} files failed; they are named above")
 

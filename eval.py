@@ -9,13 +9,11 @@ import math
 import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
-
-from tqdm import tqdm
 
 import utils
 from models import container
@@ -160,7 +158,7 @@ def name_of(precision: torch.dtype) -> str:
 
 
 def evaluate(
-    coder: Coder, files: Sequence[Path], device: torch.device, args: argparse.Namespace
+    coder: Coder, files: Iterable[Path], device: torch.device, args: argparse.Namespace
 ) -> tuple[list[dict], list[str]]:
     """Rows of the pictures (see `evaluate_image`), of each at all qualities one after another, and
     the names of files that cannot be read.
@@ -175,7 +173,7 @@ def evaluate(
         container.check_size(height, width)
         check_memory(coder.model, height, width)
 
-    for file in tqdm(files, desc="eval", unit="picture", disable=None, leave=False):
+    for file in files:
         try:
             image = utils.read_image(file, check_size=check_size, report=note)
         except DataError as error:
@@ -198,13 +196,12 @@ def evaluate(
                 utils.to_image(x_hat[0]).save(path, format="PNG")
     if not rows:
         first = next(iter(problems.values()))
-        raise DataError(f"none of the {len(files)} pictures can be read; the first: {first}")
+        raise DataError(f"none of the {len(problems)} pictures can be read; the first: {first}")
     return rows, [*problems]
 
 
 def note(line: str) -> None:
-    """Print a line to standard error, above the progress bar."""
-    tqdm.write(line, file=sys.stderr)
+    utils.say(line, sys.stderr)
 
 
 def summarise(rows: Sequence[dict]) -> dict[str, float]:
@@ -386,6 +383,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     how += f", {torch.cuda.get_device_name(device) if args.cuda else 'CPU'}"
     precision = utils.chosen_precision(args.precision, device)
     runs: dict[Path, list[Run]] = {folder: [] for folder in data}
+    num_runs = len(checkpoints) * len(data)
     for name, checkpoint in checkpoints.items():
         model = load_model(checkpoint, device)
         coder = Coder(
@@ -393,7 +391,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         check_rate(model, args.qualities is not None, name, "--qualities")
         for folder, (files, target) in data.items():
-            rows, skipped = evaluate(coder, files, device, args)
+            number = sum(map(len, runs.values())) + 1
+            which = f"run {number} of {num_runs}" if num_runs > 1 else None
+            shown = utils.progress(files, len(files), "picture", which, lambda file: file.name)
+            with shown as tracked:
+                rows, skipped = evaluate(coder, tracked, device, args)
             # One point of the curve for each quality; a network of a single rate has one.
             points = [
                 [row for row in rows if row.get("quality") == quality]
@@ -405,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 curve = as_curve(runs[folder], folder, how, precision)
                 with utils.atomic_write(target) as path:
                     path.write_text(json.dumps(curve, indent=2, allow_nan=False) + "\n")
-            if len(checkpoints) * len(data) > 1:
+            if num_runs > 1:
                 print(f"{name} on {folder}")
             for point, mean in zip(points, run.means, strict=True):
                 if args.qualities:

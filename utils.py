@@ -25,14 +25,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NoReturn, TextIO, TypeVar
 
 from PIL import Image, ImageChops, ImageCms, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+Item = TypeVar("Item")
 
 logger = logging.getLogger("mambavc")
 
@@ -151,32 +154,70 @@ positive_int = number(int, 1)
 quality = number(float, 0, most=100)  # of a network of every rate
 
 
-def progress(items: Iterable, total: int, unit: str, name: object = None) -> Iterator:
-    """Pass items on and show how many of them were taken, how fast, and how long the rest takes.
+@contextlib.contextmanager
+def progress(
+    items: Iterable[Item],
+    total: int,
+    unit: str,
+    name: object = None,
+    label: Callable[[Item], object] | None = None,
+) -> Iterator[Iterable[Item]]:
+    """Yield the items, and show how many of them were taken, how fast, and how long the rest takes.
 
-    On a terminal that is a bar. Elsewhere, in a log for instance, it is a line now and then, which
-    work that is done sooner does not need.
+    On a terminal that is a bar, which however the context ends is gone after it; what `say` and the
+    log write goes above it. Elsewhere, in a log for instance, it is a line now and then, which work
+    that is done sooner does not need. Both go to standard error.
 
     Args:
         total: number of items.
         unit: what one is called.
         name: of what they are parts of.
+        label: gives the name of an item, which is shown as soon as it is taken.
     """
-    if sys.stderr is None or sys.stderr.isatty():
-        yield from tqdm(items, name and str(name), total, unit=f" {unit}", leave=False)
-        return
-    start = said = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - said >= SECONDS_BETWEEN_LINES and done < total:
-            said = now
-            speed = done / (now - start)
-            print(
-                f"{'' if name is None else f'{name}: '}{done} of {total} {unit}s, "
-                f"{speed:.3g} a second, {(total - done) / speed:.0f} s left",
-                file=sys.stderr,
-            )
+
+    def names(item: Item) -> list[str]:
+        given = [name, None if label is None else label(item)]
+        return [str(each) for each in given if each is not None]
+
+    def with_lines() -> Iterator[Item]:
+        start = said = time.monotonic()
+        for done, item in enumerate(items, 1):
+            yield item
+            now = time.monotonic()
+            if now - said >= SECONDS_BETWEEN_LINES and done < total:
+                said, speed = now, done / (now - start)
+                left = tqdm.format_interval((total - done) / speed)
+                count = f"{done} of {total} {unit}s, {speed:.3g} a second, {left} left"
+                shown = ", ".join(names(item))
+                print(f"{shown}: {count}" if shown else count, file=sys.stderr)
+
+    def with_bar(bar: tqdm) -> Iterator[Item]:
+        for item in items:
+            shown = names(item)
+            bar.set_description(", ".join(_shorten(each, 32 // len(shown)) for each in shown))
+            yield item
+            bar.update()
+
+    if sys.stderr is None:
+        yield items
+    elif sys.stderr.isatty():
+        bar = tqdm(total=total, unit=f" {unit}", leave=False, dynamic_ncols=True)
+        with bar, logging_redirect_tqdm([logger]):
+            yield with_bar(bar)
+    else:
+        yield with_lines()
+
+
+def _shorten(name: str, length: int) -> str:
+    """A name whose end is kept, which tells pictures apart; what would move the cursor is not."""
+    name = "".join(character if character.isprintable() else "?" for character in name)
+    return name if len(name) <= length else f"...{name[3 - length :]}"
+
+
+def say(line: str, to: TextIO | None) -> None:
+    """Print a line above the bars of `progress`; to nowhere if the stream is closed."""
+    if to is not None:
+        tqdm.write(line, file=to)
 
 
 def setup_logging(file: Path | None = None) -> None:

@@ -30,6 +30,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
@@ -46,13 +47,13 @@ from .grid import Span, overlapping, spans, windows
 LATENT = 16  # pixels for each row and column of y
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow's
-# Passes on what it takes, so many items in all, and may show how far it is.
-Track = Callable[[Iterable, int], Iterable]
+# Yields what it takes, so many items in all, and may show how far it is.
+Track = Callable[[Iterable, int], AbstractContextManager[Iterable]]
 
 
-def untracked(items: Iterable, total: int) -> Iterable:
+def untracked(items: Iterable, total: int) -> AbstractContextManager[Iterable]:
     """A `Track` that shows nothing."""
-    return items
+    return contextlib.nullcontext(items)
 
 
 def encode(
@@ -116,8 +117,8 @@ def encode(
         return coded_tile
 
     places = [*itertools.product(*boxes)]
-    with _workers(coder, jobs) as run:
-        tiles = [*track(run(work, places), len(places))]
+    with _workers(coder, jobs) as run, track(run(work, places), len(places)) as done:
+        tiles = [*done]
     return container.pack_tiles(stream, tiles)
 
 
@@ -214,8 +215,9 @@ def decode(
                 damaged.update(n for n in missing if latents[n] is None)
                 yield from run(draw, [(row, column) for column in columns])
 
-        for block, corner in track(drawn(), len(rows) * len(columns)):
-            picture.paste(block, corner)
+        with track(drawn(), len(rows) * len(columns)) as blocks:
+            for block, corner in blocks:
+                picture.paste(block, corner)
     filled = sorted(damaged)
     _fill(picture, stream, filled, (x, y), scale)
     return picture, filled

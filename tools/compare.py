@@ -246,16 +246,18 @@ def write_all(
         check_memory(coder.model, height, width)
 
     comparisons: list[Comparison] = []
-    for i, (file, name) in enumerate(zip(files, display_names(files), strict=True), 1):
-        try:
-            image = utils.read_image(file, check_size=check_size, report=logger.info)
-        except DataError as error:
-            logger.info("%d/%d skipped: %s", i, len(files), error)
-            continue
-        with utils.data_errors(file):
-            writer = Writer(output, len(comparisons) + 1, image)
-            comparisons.append(compare(coder, image, name, writer, codecs, quality))
-        logger.info("%d/%d %s: %s", i, len(files), name, summary(comparisons[-1]))
+    named = zip(files, display_names(files), strict=True)
+    with utils.progress(named, len(files), "picture", label=lambda pair: pair[1]) as tracked:
+        for i, (file, name) in enumerate(tracked, 1):
+            try:
+                image = utils.read_image(file, check_size=check_size, report=logger.info)
+            except DataError as error:
+                logger.info("%d/%d skipped: %s", i, len(files), error)
+                continue
+            with utils.data_errors(file):
+                writer = Writer(output, len(comparisons) + 1, image)
+                comparisons.append(compare(coder, image, name, writer, codecs, quality))
+            logger.info("%d/%d %s: %s", i, len(files), name, summary(comparisons[-1]))
     if not comparisons:
         raise DataError(f"none of the {len(files)} pictures can be read; see above")
     return comparisons

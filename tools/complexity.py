@@ -187,12 +187,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    rows = []
-    for name in args.models or networks.PAPER:
-        model = networks.build(name, args.N, args.M)
-        for height, width in networks.sizes(args) or [(512, 768)]:
-            label = {"model": Path(name).name, "height": height, "width": width}
-            rows.append({**label, **count(model, height, width)})
+    names, sizes = args.models or networks.PAPER, networks.sizes(args) or [(512, 768)]
+    cases = (
+        ({"model": Path(name).name, "height": height, "width": width}, model)
+        for name in names
+        for model in [networks.build(name, args.N, args.M)]
+        for height, width in sizes
+    )
+
+    def label(case: tuple[dict, models.SliceHyperprior]) -> str:
+        return "{model} {height}x{width}".format_map(case[0])
+
+    with utils.progress(cases, len(names) * len(sizes), "count", label=label) as tracked:
+        rows = [row | count(model, row["height"], row["width"]) for row, model in tracked]
     if args.json is not None:
         with utils.atomic_write(args.json) as temporary:
             temporary.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -28,6 +29,9 @@ from models import container
 from models.checkpoint import find_checkpoint
 from models.memory import DEFAULT_MARGIN
 from utils import UsageError
+
+if TYPE_CHECKING:
+    from models import Coder
 
 SEAM = 8  # pixels on each side of a seam that count as its neighbourhood
 ENLARGED = (1536, 1024)  # size that the parts of a large picture are brought to
@@ -91,36 +95,48 @@ def squared_errors(a: Image.Image, b: Image.Image) -> np.ndarray:
 
 def compare(args: argparse.Namespace) -> list[dict]:
     """Code each picture whole and in tiles; one row for each picture, tile size and margin."""
-    from models import Coder, load_model, tiles
+    from models import Coder, load_model
 
     device = utils.select_device(args.cuda)
     coder = Coder(load_model(find_checkpoint(args.checkpoint), device), graphs=args.cuda)
     files = utils.list_images(args.folder)
     rows = []
-    for file in utils.progress(files, len(files), "picture"):
-        image = utils.read_image(file)
-        x = utils.to_tensor(image)[None].to(device)
-        whole = coder.encode(x, args.quality)
-        error = squared_errors(utils.to_image(coder.decode(whole)[0]), image)
-        for tile, margin in itertools.product(args.tile_sizes, args.margins):
-            data = tiles.encode(coder, image, args.quality, tile=tile, margin=margin)
-            stream = container.unpack(data)
-            tiled_error = squared_errors(tiles.decode(coder, stream)[0], image)
-            near = seams(stream)
-            rows.append(
-                {
-                    "name": file.name,
-                    "tile": tile,
-                    "margin": margin,
-                    "whole_bytes": len(whole),
-                    "bytes": len(data),
-                    "near_pixels": int(near.sum()),
-                    "pixels": near.size,
-                    # Sums, so that they can be added up over pictures.
-                    "near": [float(tiled_error[near].sum()), float(error[near].sum())],
-                    "others": [float(tiled_error[~near].sum()), float(error[~near].sum())],
-                }
-            )
+    shown = utils.progress(files, len(files), "picture", label=lambda file: file.name)
+    with shown as tracked:
+        for file in tracked:
+            rows += compare_picture(coder, file, args)
+    return rows
+
+
+def compare_picture(coder: Coder, file: Path, args: argparse.Namespace) -> list[dict]:
+    """The rows of one picture."""
+    from models import tiles
+
+    device = next(coder.model.parameters()).device
+    image = utils.read_image(file)
+    x = utils.to_tensor(image)[None].to(device)
+    whole = coder.encode(x, args.quality)
+    error = squared_errors(utils.to_image(coder.decode(whole)[0]), image)
+    rows = []
+    for tile, margin in itertools.product(args.tile_sizes, args.margins):
+        data = tiles.encode(coder, image, args.quality, tile=tile, margin=margin)
+        stream = container.unpack(data)
+        tiled_error = squared_errors(tiles.decode(coder, stream)[0], image)
+        near = seams(stream)
+        rows.append(
+            {
+                "name": file.name,
+                "tile": tile,
+                "margin": margin,
+                "whole_bytes": len(whole),
+                "bytes": len(data),
+                "near_pixels": int(near.sum()),
+                "pixels": near.size,
+                # Sums, so that they can be added up over pictures.
+                "near": [float(tiled_error[near].sum()), float(error[near].sum())],
+                "others": [float(tiled_error[~near].sum()), float(error[~near].sum())],
+            }
+        )
     return rows
 
 

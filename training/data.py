@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 import utils
 from training.crops import CropKey, CropSampler, crop_indices
@@ -80,7 +79,7 @@ class CachedPictures(Pictures):
         threads: that decode them.
         device: keeps them if they take at most `MAX_GPU_SHARE` of a GPU's free memory; else the
             host does.
-        show: draw a progress bar on a terminal.
+        show: show how far it is.
 
     Attributes:
         pixels: uint8 (pixels of all pictures, 3), each picture in reading order.
@@ -96,10 +95,14 @@ class CachedPictures(Pictures):
     ):
         begin = time.perf_counter()
         with ThreadPoolExecutor(threads) as pool:  # Pillow decodes without holding Python's lock
-            reads = pool.map(_try_read, files)
-            quiet = None if show else True  # None: unless it writes to a terminal
-            bar = tqdm(reads, "decoding", len(files), leave=False, unit="picture", disable=quiet)
-            decoded = list(bar)
+            reads = zip(files, pool.map(_try_read, files), strict=True)
+            shown = contextlib.nullcontext(reads)
+            if show:
+                shown = utils.progress(
+                    reads, len(files), "picture", "reading", lambda read: read[0].name
+                )
+            with shown as tracked:
+                decoded = [each for _, each in tracked]
         self.problems = [each for each in decoded if isinstance(each, str)]
         pairs = zip(files, decoded, strict=True)
         self.files = [file for file, each in pairs if not isinstance(each, str)]

@@ -11,7 +11,7 @@ colours and averaged over pictures (Luo et al., arXiv:1701.04128).
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -50,7 +50,7 @@ def gradient(transform: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def field(
-    model: models.SliceHyperprior, files: Sequence[Path], size: int, device: torch.device
+    model: models.SliceHyperprior, files: Iterable[Path], size: int, device: torch.device
 ) -> np.ndarray:
     """Mean of `gradient` over the centres of pictures: (size, size), sums to 1.
 
@@ -69,7 +69,7 @@ def field(
         x = x[None, :, top : top + size, left : left + size].to(device)
         own = gradient(lambda x: model.g_s(model.g_a(x)), x).double().cpu()
         total += own / own.sum()
-    return (total / len(files)).numpy()
+    return (total / total.sum()).numpy()
 
 
 def sides(values: np.ndarray) -> dict[float, int]:
@@ -167,7 +167,9 @@ def measure(args: argparse.Namespace) -> dict[str, np.ndarray]:
         checkpoint = load_checkpoint(path)
         model = build_from_checkpoint(checkpoint, path).to(device)
         name = checkpoint.get("model", path.stem)
-        fields[name] = field(model, files, args.size, device)
+        shown = utils.progress(files, len(files), "picture", name, lambda file: file.name)
+        with shown as tracked:
+            fields[name] = field(model, tracked, args.size, device)
     if args.save is not None:
         about = f"gradient of the centre of x_hat, mean over {len(files)} pictures"
         save(fields, about, args.save)
