@@ -1,13 +1,19 @@
-"""What every test gets: fixed seeds, fresh memory that is full of NaN, and tiny networks."""
+"""What tests share: fixed seeds, fresh memory that is full of NaN, tiny networks, a terminal."""
 
+import contextlib
 import os
 import random
+import re
+import struct
+import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 import models
+import utils
 
 if not torch.cuda.is_available():
     # Read when Triton is first imported: its kernels then run, slowly, on CPU tensors.
@@ -34,6 +40,62 @@ def hostile_environment():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+class Terminal:
+    """Standard error, inside this context, is a pseudo-terminal of 80 columns.
+
+    Attributes:
+        stream: writes to it.
+        written: after the context, all that came.
+    """
+
+    def __init__(self):
+        fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
+        self._master, end = pty.openpty()
+        fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+        self.stream = os.fdopen(end, "w", buffering=1)
+        self.written = None
+        self._before = sys.stderr
+        self._reader = threading.Thread(target=self._read)  # a full terminal lets writers wait
+
+    def __enter__(self):
+        self._reader.start()
+        sys.stderr = self.stream
+        return self
+
+    def __exit__(self, *error):
+        sys.stderr = self._before
+        self.stream.close()
+        self._reader.join()
+        log = utils.logger
+        log.handlers = [each for each in log.handlers if each.stream is not self.stream]
+
+    def _read(self):
+        parts = []
+        # Linux says with an error what others say with nothing: that the other end is closed.
+        with os.fdopen(self._master, "rb", buffering=0) as master, contextlib.suppress(OSError):
+            while part := master.read(4096):
+                parts.append(part)
+        self.written = b"".join(parts).decode()
+
+
+def screen(written):
+    """The lines that a terminal shows after this, without those that are blank."""
+    lines, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[A|[\r\n]|[^\x1b\r\n]+", written):
+        if part == "\r":
+            column = 0
+        elif part == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif part == "\x1b[A":
+            row -= 1
+        else:
+            line = lines[row].ljust(column)
+            lines[row] = line[:column] + part + line[column + len(part) :]
+            column += len(part)
+    return [line.rstrip() for line in lines if line.strip()]
 
 
 def seed_all(seed):

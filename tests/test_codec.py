@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import gained_model, save_checkpoint, spread_model
+from conftest import Terminal, gained_model, save_checkpoint, screen, spread_model
 from PIL import Image
 
 import codec
@@ -293,6 +293,20 @@ def test_several_inputs_go_to_a_folder(folder, checkpoint, capsys):
         f"out/{name}" for name in ("a.mvc", "a.png", "b.mvc", "b.png")
     ]
     assert Image.open("out/b.png").size == (33, 40)
+
+
+def test_terminal_shows_names_and_the_output_stays_as_it_is(folder, checkpoint, capsys):
+    arguments = ["encode", "a.png", "b.png", "out", "--checkpoint", checkpoint, "--tile-size", "64"]
+    codec.main(arguments)
+    plain, errors = capsys.readouterr()
+    assert errors == ""
+    with Terminal() as terminal:
+        codec.main([*arguments, "--force"])
+    assert capsys.readouterr().out == plain
+    assert "a.png:   0%" in terminal.written
+    assert "0/2 [" in terminal.written  # files
+    assert " tile/s" in terminal.written
+    assert screen(terminal.written) == []
 
 
 def test_file_that_cannot_be_read_does_not_end_the_batch(folder, checkpoint, capsys):

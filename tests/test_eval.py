@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import gained_model, save_checkpoint, tiny_model
+from conftest import Terminal, gained_model, save_checkpoint, screen, tiny_model
 from PIL import Image
 
 import eval as evaluation
@@ -136,6 +136,32 @@ def test_several_checkpoints_make_a_curve_for_each_folder(pictures, tmp_path, mo
         for checkpoint in checkpoints
         for data in (pictures / "test", other)
     ]
+
+
+def test_long_evaluations_say_where_they_are(pictures, tmp_path, monkeypatch, capsys):
+    """In lines where there is no terminal, in a bar on one; standard output is the same."""
+    checkpoint = save_checkpoint(tiny_model("convvc"), tmp_path / "a.pth.tar", "convvc")
+    argv = ["--checkpoint", checkpoint, "--estimate", "--data", pictures]
+    _, plain, errors = run(argv, monkeypatch, capsys)
+    assert errors == ""
+    monkeypatch.setattr(utils, "SECONDS_BETWEEN_LINES", 0)
+    _, out, errors = run(argv, monkeypatch, capsys)
+    assert without_times(out) == without_times(plain)
+    assert re.fullmatch(r"a\.png: 1 of 2 pictures, \S+ a second, \d\d:\d\d left\n", errors)
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(pictures / "test" / "b.png", other)
+    with Terminal() as terminal:
+        _, out, _ = run(argv, monkeypatch, capsys)
+        run([*argv, other], monkeypatch, capsys)
+    assert without_times(out) == without_times(plain)
+    assert "\ra.png:   0%" in terminal.written
+    assert "\rrun 2 of 2, b.png:   0%" in terminal.written
+    assert screen(terminal.written) == []
+
+
+def without_times(table):
+    return re.sub(r" +\d+\.\d{3}$", "", table, flags=re.MULTILINE)
 
 
 def test_a_run_that_ends_early_keeps_the_curves_so_far(pictures, tmp_path, monkeypatch, capsys):

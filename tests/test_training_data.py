@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from conftest import Terminal
 from PIL import Image
 
 import utils
@@ -103,6 +104,13 @@ def test_cached_pictures_need_their_files_no_more(files):
     for file in files:
         file.unlink()
     assert all(np.array_equal(cached[i], expected[i]) for i in range(len(files)))
+
+
+@pytest.mark.parametrize("show", [False, True])
+def test_names_are_shown_while_pictures_are_cached(files, show):
+    with Terminal() as terminal:
+        CachedPictures(files, 2, "cpu", show)
+    assert all((f"reading, {file.name}:" in terminal.written) == show for file in files)
 
 
 @pytest.mark.parametrize("cache", [False, True])

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import math
 import os
+import re
 import signal
 import stat
 import struct
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Terminal, screen
 from PIL import Image, ImageCms
 
 import utils
@@ -107,8 +109,59 @@ def test_progress_is_said_now_and_then_where_there_is_no_terminal(monkeypatch, c
     """As if each of four items took 20 seconds."""
     times = itertools.count(0, 20)
     monkeypatch.setattr(utils.time, "monotonic", lambda: next(times))
-    assert [*utils.progress(iter("abcd"), 4, "tile", "x.png")] == [*"abcd"]
-    assert capsys.readouterr().err == "x.png: 2 of 4 tiles, 0.05 a second, 40 s left\n"
+    with utils.progress(iter("abcd"), 4, "tile", "x.png") as tracked:
+        assert [*tracked] == [*"abcd"]
+    assert capsys.readouterr() == ("", "x.png: 2 of 4 tiles, 0.05 a second, 00:40 left\n")
+    with utils.progress("abcd", 4, "picture", "reading", "{}.png".format) as tracked:
+        assert [*tracked] == [*"abcd"]
+    line = "reading, b.png: 2 of 4 pictures, 0.05 a second, 00:40 left\n"
+    assert capsys.readouterr() == ("", line)
+
+
+def test_progress_on_a_terminal_is_a_bar_with_names():
+    """That of a picture appears before the work on it; lines stand above; in the end it is gone."""
+    names = ["a.png", f"{'long' * 20}-12.png", "\x1b[2J.png"]
+    with Terminal() as terminal, utils.progress(names, 3, "picture", label=str) as pictures:
+        utils.setup_logging()
+        for i, name in enumerate(pictures):
+            utils.say(f"line {i}", sys.stderr)
+            with utils.progress("xy", 2, "tile", name) as tiles:
+                utils.logger.info("tiles %s", "".join(tiles))
+    lines = screen(terminal.written)
+    assert lines[0::2] == ["line 0", "line 1", "line 2"]
+    assert [line[20:] for line in lines[1::2]] == ["tiles xy"] * 3  # after the time
+    before_work, *_ = terminal.written.split("line 0")
+    assert "a.png:   0%" in before_work
+    assert "0/3 [" in before_work
+    for shown in ("1/3 [", "1/2 [", "ong-12.png:  33%", "?[2J.png:  67%"):
+        assert shown in terminal.written
+    assert max(len(part) for part in re.split(r"[\r\n]|\x1b\[A", terminal.written)) <= 80
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "last"),
+    [
+        ("os.kill(os.getpid(), signal.SIGINT)", 130, ["-c: error: interrupted"]),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 143, []),
+        ("raise utils.DataError('b.png is bad')", 1, ["-c: error: b.png is bad"]),
+    ],
+)
+def test_terminal_is_clean_however_work_ends(end, code, last):
+    program = f"""
+import os, signal, utils
+def main():
+    with utils.progress("abc", 3, "file", label=str) as files:
+        for name in files:
+            with utils.progress("xyz", 3, "tile", name) as tiles:
+                for tile in tiles:
+                    {end}
+utils.run_main(main)
+"""
+    with Terminal() as terminal:
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stderr=terminal.stream)
+    assert done.returncode == code
+    assert "0/3 [" in terminal.written
+    assert screen(terminal.written) == last
 
 
 def test_psnr_of_pictures_is_that_of_tensors():
