@@ -200,7 +200,8 @@ def progress(
 
     if sys.stderr is None:
         yield items
-    elif sys.stderr.isatty():
+    # Some terminals, such as those of CI services, have no size; tqdm draws nothing there.
+    elif sys.stderr.isatty() and all(os.get_terminal_size(sys.stderr.fileno())):
         bar = tqdm(total=total, unit=f" {unit}", leave=False, dynamic_ncols=True)
         with bar, logging_redirect_tqdm([logger]):
             yield with_bar(bar)

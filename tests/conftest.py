@@ -43,17 +43,20 @@ def hostile_environment():
 
 
 class Terminal:
-    """Standard error, inside this context, is a pseudo-terminal of 80 columns.
+    """Standard error, inside this context, is a pseudo-terminal.
+
+    Args:
+        size: rows and columns.
 
     Attributes:
         stream: writes to it.
         written: after the context, all that came.
     """
 
-    def __init__(self):
+    def __init__(self, size=(24, 80)):
         fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
         self._master, end = pty.openpty()
-        fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+        fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("4H", *size, 0, 0))
         self.stream = os.fdopen(end, "w", buffering=1)
         self.written = None
         self._before = sys.stderr

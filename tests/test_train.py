@@ -145,6 +145,8 @@ def test_run_lowers_the_loss_and_writes_its_folder(flags, tmp_path):
     assert {"validation/loss", "validation/bpp", "validation/psnr"} <= set(tags["scalars"])
     assert {"original/0", "reconstruction/1", "rate-distortion"} <= set(tags["images"])
     assert [e.step for e in events.Scalars("validation/loss")] == [4, 8, 12]
+    assert [e.step for e in events.Images("reconstruction/0")] == [4, 8, 12]
+    assert [e.step for e in events.Images("original/0")] == [0]
 
 
 KILLED_WHILE_WRITING = """

@@ -118,6 +118,14 @@ def test_progress_is_said_now_and_then_where_there_is_no_terminal(monkeypatch, c
     assert capsys.readouterr() == ("", line)
 
 
+def test_terminal_without_a_size_gets_lines(monkeypatch):
+    monkeypatch.setattr(utils, "SECONDS_BETWEEN_LINES", 0)
+    with Terminal((0, 0)) as terminal, utils.progress("ab", 2, "picture", label=str) as pictures:
+        list(pictures)
+    (line,) = screen(terminal.written)
+    assert line.startswith("a: 1 of 2 pictures, ")
+
+
 def test_progress_on_a_terminal_is_a_bar_with_names():
     """That of a picture appears before the work on it; lines stand above; in the end it is gone."""
     names = ["a.png", f"{'long' * 20}-12.png", "\x1b[2J.png"]

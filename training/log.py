@@ -54,6 +54,7 @@ class RunLog:
         self.processes = processes
         self._values: dict[str, list[float]] = defaultdict(list)  # of steps since the last line
         self._known_problems: set[str] = set()
+        self._has_originals = False
         self._writer = None
         with self._guard():
             if processes.is_first:
@@ -157,7 +158,8 @@ class RunLog:
 
         Args:
             means: see `Validation`.
-            pictures: pairs (x, x_hat) of (3, height, width) in [0, 1]; x is written only once.
+            pictures: pairs (x, x_hat) of (3, height, width) in [0, 1], the same at each validation:
+                x is written only once.
         """
         step = self.run.step
         best = " (best)" if means["loss"] < self.run.best_loss else ""
@@ -173,8 +175,10 @@ class RunLog:
         with self._guard():
             if self._writer is not None:
                 for i, (x, x_hat) in enumerate(pictures):
-                    self._writer.add_image(f"original/{i}", _center(x), 0)
+                    if not self._has_originals:
+                        self._writer.add_image(f"original/{i}", _center(x), 0)
                     self._writer.add_image(f"reconstruction/{i}", _center(x_hat).clamp(0, 1), step)
+                self._has_originals = True
                 figure = _rate_distortion(self.run.history)
                 self._writer.add_figure("rate-distortion", figure, step)
                 self._writer.flush()
