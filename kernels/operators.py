@@ -12,8 +12,9 @@ def _contiguous_like(x: Tensor, *others: object) -> Tensor:
 
 def make_differentiable(
     name: str,
-    result: Callable[..., Tensor] = _contiguous_like,
+    result: Callable[..., Tensor | tuple[Tensor, ...]] = _contiguous_like,
     without_gradient: Callable[..., Collection[int]] = lambda *numbers: (),
+    kept: int = 0,
 ) -> None:
     """Let ``torch.ops.mambavc.<name>`` differentiate by ``<name>_backward``.
 
@@ -25,6 +26,8 @@ def make_differentiable(
         result: makes the result's like from the arguments; by default it is like the first.
         without_gradient: tells from the numbers which tensors, by place, have no gradient; the
             second operator returns empty tensors, of shape (0,), for these.
+        kept: number of tensors that the first returns behind its result for the second, which takes
+            them behind the other tensors. They have no gradient.
     """
     forward, backward = f"mambavc::{name}", f"mambavc::{name}_backward"
 
@@ -36,15 +39,17 @@ def make_differentiable(
         missing = without_gradient(*inputs[len(tensors) :])
         return tuple(
             each.new_empty(0) if i in missing else _contiguous_like(each)
-            for i, each in enumerate(tensors)
+            for i, each in enumerate(tensors[: len(tensors) - kept])
         )
 
     def save_inputs(ctx, inputs, output) -> None:
         tensors = [each for each in inputs if isinstance(each, Tensor)]
-        ctx.save_for_backward(*tensors)
         ctx.numbers = inputs[len(tensors) :]
+        others = output[1:] if kept else ()
+        ctx.mark_non_differentiable(*others)
+        ctx.save_for_backward(*tensors, *others)
 
-    def differentiate(ctx, dout):
+    def differentiate(ctx, dout, *others):
         operator = getattr(torch.ops.mambavc, f"{name}_backward")
         gradients = list(operator(dout.contiguous(), *ctx.saved_tensors, *ctx.numbers))
         for i in without_gradient(*ctx.numbers):

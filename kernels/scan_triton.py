@@ -61,8 +61,10 @@ SHORTEST_CHUNK_IN_FLOAT64 = 8
 # Elements of x up to which the backward launches all directions at once, for seven times x.
 SMALL_MAP = 1 << 22
 # Sequences, by channel, direction and picture, from which on each is walked by one thread in one
-# go: they are enough threads then for a GPU, and nothing is computed twice.
+# go, and from which on long ones are: they are enough threads then for a GPU, and nothing is
+# computed twice.
 ONE_PASS_CHANNELS = 12288
+LONG, ONE_PASS_CHANNELS_OF_LONG = 2048, 32768
 ONE_PASS_CHANNELS_OF_THREAD = 1
 ONE_PASS_GROUP = 8
 # Positions of which the inputs are fetched together.
@@ -86,12 +88,14 @@ STRIP_GROUP = 1
 STRIP_REGISTERS = 168
 STRIP_PROGRAMS = 1584
 STRIP_UNIT = 16
+# Most bytes of states that the forward pass keeps for these walks: as many or twice those of x.
+KEPT_BYTES, KEPT_SHARE = 1 << 24, 2
 
 
 @jit(do_not_specialize=SIZES)
 def _carry_kernel(
     A_logs,  # (4 * DIM, DSTATE)
-    states,  # (2 if WITH_ADJOINTS, DIRECTIONS, batch, num_chunks, DSTATE, DIM), in place
+    states,  # (states, adjoints or both, DIRECTIONS, batch, num_chunks, DSTATE, DIM), in place
     delta_sums,  # (DIRECTIONS, batch, num_chunks, DIM)
     num_chunks,
     k,
@@ -100,6 +104,7 @@ def _carry_kernel(
     CHANNELS: tl.constexpr,
     AHEAD: tl.constexpr,
     DIRECTIONS: tl.constexpr,
+    WITH_STATES: tl.constexpr,
     WITH_ADJOINTS: tl.constexpr,
     FIXED_A: tl.constexpr,
     ACC: tl.constexpr,
@@ -107,15 +112,20 @@ def _carry_kernel(
 ):
     """Turn what each chunk adds into the state on entering it, for directions from k on.
 
-    `states` of chunk i holds what the chunk before it added. Adjoints, the second half, are
+    `states` of chunk i holds what the chunk before it added. Adjoints, which come second, are
     carried from the last chunk to the first: there chunk i holds what the chunk after it added.
     """
     i_n = gl.program_id(1)
     i_set = gl.program_id(2)
     num_rows = gl.num_programs(2)
+    num_states = num_rows
     if WITH_ADJOINTS:
-        num_rows = num_rows // 2
-    is_adjoint = i_set >= num_rows
+        if WITH_STATES:
+            num_rows = num_rows // 2
+            num_states = num_rows
+        else:
+            num_states = 0
+    is_adjoint = i_set >= num_states
     i_row = i_set % num_rows
     o_c = gl.program_id(0) * CHANNELS + arange(CHANNELS, BY_CHANNEL)
     m_c = o_c < DIM
@@ -231,21 +241,60 @@ def _chunks(length: int, programs: int, wanted: int, unit: int) -> tuple[int, in
     return chunk_size, triton.cdiv(length, chunk_size)
 
 
-def _carry(A_logs, states, delta_sums, k, acc, fixed_A=False):
+def _carry(A_logs, states, adjoints, delta_sums, k, acc, fixed_A=False):
+    """Carry the states or the adjoints, or both where they lie one behind the other."""
     directions, batch, num_chunks, dim = delta_sums.shape
-    with_adjoints = states.dim() == 6
+    is_given = [each is not None for each in (states, adjoints)]
+    num_warps = _warps(dim, 4)
     layout = None
     if not INTERPRETED.value:
-        layout = gl.BlockedLayout([1], [32], [1], [0])
-    grid = (triton.cdiv(dim, 32), A_logs.shape[1], directions * batch * (1 + with_adjoints))
+        layout = gl.BlockedLayout([1], [32], [num_warps], [0])
+    channels = 32 * num_warps
+    grid = (triton.cdiv(dim, channels), A_logs.shape[1], directions * batch * sum(is_given))
     _carry_kernel[grid](
-        A_logs, states, delta_sums, num_chunks, k, DIM=dim, DSTATE=A_logs.shape[1], CHANNELS=32,
-        AHEAD=CARRY_AHEAD, DIRECTIONS=directions, WITH_ADJOINTS=with_adjoints,
-        FIXED_A=fixed_A, ACC=acc, BY_CHANNEL=layout, num_warps=1,
+        A_logs, states if is_given[0] else adjoints, delta_sums, num_chunks, k, DIM=dim,
+        DSTATE=A_logs.shape[1], CHANNELS=channels, AHEAD=CARRY_AHEAD, DIRECTIONS=directions,
+        WITH_STATES=is_given[0], WITH_ADJOINTS=is_given[1], FIXED_A=fixed_A, ACC=acc,
+        BY_CHANNEL=layout, num_warps=num_warps,
     )  # fmt: skip
 
 
-def scan_2d_forward(inputs: ScanInputs, fixed_A: bool = False) -> Tensor:
+def _strip_chunks(inputs: ScanInputs) -> tuple[Strip, int, int, int]:
+    """Where A is fixed: constants of the backward walks, directions at once, size and number of
+    chunks."""
+    batch, height, width, dim = inputs.x.shape
+    strip = _strip_options(
+        dim, inputs.dstate, inputs.dt_rank, tl.float32, STRIP_CHANNELS, STRIP_GROUP
+    )
+    directions = _directions(inputs.x)
+    programs = triton.cdiv(dim, 32 * strip.CHANNELS) * batch * directions
+    return strip, directions, *_chunks(height * width, programs, STRIP_PROGRAMS, STRIP_UNIT)
+
+
+def _directions(x: Tensor) -> int:
+    # On a small map launches take longer than the work: one for all directions.
+    return 4 if x.numel() <= SMALL_MAP else 1
+
+
+def kept_shape(inputs: ScanInputs) -> tuple[int, ...]:
+    """Shape of the states that `scan_2d_forward` can keep for `scan_2d_backward`.
+
+    These are the ones on entering each chunk of the backward pass where A is fixed: (4, batch,
+    chunks, dstate, dim), float32. (0,) where that would take much memory, and for float64.
+    """
+    x = inputs.x
+    batch, height, width, dim = x.shape
+    _, _, _, num_chunks = _strip_chunks(inputs)
+    shape = 4, batch, num_chunks, inputs.dstate, dim
+    most = max(KEPT_BYTES, KEPT_SHARE * x.numel() * x.element_size())
+    is_cut = height * width % STRIP_UNIT == 0  # for any direction where groups of pixels are
+    fits = is_cut and inputs.dtype == torch.float32 and 4 * math.prod(shape) <= most
+    return shape if fits else (0,)
+
+
+def scan_2d_forward(
+    inputs: ScanInputs, fixed_A: bool = False, kept: Tensor | None = None
+) -> Tensor:
     """Scan x along four orders of its pixels and sum the results in image order.
 
     Besides the result it allocates, for few channels, the chunk states, a few percent of x, and for
@@ -255,18 +304,20 @@ def scan_2d_forward(inputs: ScanInputs, fixed_A: bool = False) -> Tensor:
     Args:
         inputs: contiguous.
         fixed_A: see `kernels.selective_scan_2d`.
+        kept: of `kept_shape`, to be filled, only where A is fixed.
 
     Returns:
         y: (batch, height, width, dim), in the dtype of x. States and sums are float32, or float64.
     """
-    batch, _, _, dim = inputs.x.shape
+    batch, height, width, dim = inputs.x.shape
+    kept = None if kept is None or kept.numel() == 0 else kept
+    channels = ONE_PASS_CHANNELS_OF_LONG if height * width > LONG else ONE_PASS_CHANNELS
     with torch.cuda.device_of(inputs.x):
-        if 4 * batch * dim < ONE_PASS_CHANNELS:
-            return _scan_in_chunks(inputs, fixed_A)
-        return _scan_in_halves(inputs, fixed_A)
+        scan = _scan_in_chunks if 4 * batch * dim < channels else _scan_in_halves
+        return scan(inputs, fixed_A, kept)
 
 
-def _scan_in_chunks(inputs: ScanInputs, fixed_A: bool) -> Tensor:
+def _scan_in_chunks(inputs: ScanInputs, fixed_A: bool, kept: Tensor | None) -> Tensor:
     x, A_logs = inputs.x, inputs.A_logs
     batch, height, width, dim = x.shape
     dstate, accumulator = inputs.dstate, inputs.dtype
@@ -276,8 +327,12 @@ def _scan_in_chunks(inputs: ScanInputs, fixed_A: bool) -> Tensor:
     )
     blocks = triton.cdiv(dim, meta.CHANNELS)
     shortest = SHORTEST_CHUNK if acc == tl.float32 else SHORTEST_CHUNK_IN_FLOAT64
-    chunk_size, num_chunks = _chunks(height * width, blocks * batch, FORWARD_PROGRAMS, shortest)
-    states = x.new_empty(4, batch, num_chunks, dstate, dim, dtype=accumulator)
+    if kept is None:
+        chunk_size, num_chunks = _chunks(height * width, blocks * batch, FORWARD_PROGRAMS, shortest)
+        states = x.new_empty(4, batch, num_chunks, dstate, dim, dtype=accumulator)
+    else:
+        *_, chunk_size, num_chunks = _strip_chunks(inputs)
+        states = kept
     delta_sums = x.new_empty(4, batch, num_chunks, dim, dtype=accumulator)
     y = torch.empty_like(x)
     y_sum = y if x.dtype == accumulator else torch.empty_like(x, dtype=accumulator)
@@ -286,7 +341,7 @@ def _scan_in_chunks(inputs: ScanInputs, fixed_A: bool) -> Tensor:
     if num_chunks > 1:
         grid = (blocks * 4, num_chunks - 1, batch)
         chunk_state_kernel[grid](*inputs[:5], states, delta_sums, *sizes, **options)
-    _carry(A_logs, states, delta_sums, 0, acc, fixed_A)
+    _carry(A_logs, states, None, delta_sums, 0, acc, fixed_A)
     for order in range(2):
         output_kernel[(blocks, num_chunks, batch)](
             *inputs, states, y_sum, y, *sizes, ORDER=order, **options
@@ -294,7 +349,7 @@ def _scan_in_chunks(inputs: ScanInputs, fixed_A: bool) -> Tensor:
     return y
 
 
-def _scan_in_halves(inputs: ScanInputs, fixed_A: bool) -> Tensor:
+def _scan_in_halves(inputs: ScanInputs, fixed_A: bool, kept: Tensor | None) -> Tensor:
     x = inputs.x
     batch, height, width, dim = x.shape
     dstate, accumulator = inputs.dstate, inputs.dtype
@@ -304,16 +359,21 @@ def _scan_in_halves(inputs: ScanInputs, fixed_A: bool) -> Tensor:
     )
     states = x.new_empty(4, batch, dstate, dim, dtype=accumulator)
     y_parts = x.new_empty(2, *x.shape, dtype=accumulator)
+    chunk_size = num_chunks = 0
+    if kept is not None:
+        *_, chunk_size, num_chunks = _strip_chunks(inputs)
     grid = (triton.cdiv(dim, meta.CHANNELS) * 4, batch)
     for is_second in (False, True):
         half_kernel[grid](
-            *inputs, states, y_parts, height, width, IS_SECOND=is_second, META=meta,
-            num_warps=num_warps,
+            *inputs, states, y_parts, kept, height, width, chunk_size, num_chunks,
+            IS_SECOND=is_second, KEEPS=kept is not None, META=meta, num_warps=num_warps,
         )  # fmt: skip
     return torch.add(*y_parts, out=torch.empty_like(x))
 
 
-def scan_2d_backward(dy: Tensor, inputs: ScanInputs, fixed_A: bool = False) -> ScanInputs:
+def scan_2d_backward(
+    dy: Tensor, inputs: ScanInputs, fixed_A: bool = False, kept: Tensor | None = None
+) -> ScanInputs:
     """The gradients of `scan_2d_forward` by its inputs, given dy, the gradient by y.
 
     Directions are taken one after the other, but together on small maps. Besides the results it
@@ -326,6 +386,7 @@ def scan_2d_backward(dy: Tensor, inputs: ScanInputs, fixed_A: bool = False) -> S
         inputs: as in `scan_2d_forward`.
         fixed_A: as there; the gradient by A_logs is then an empty tensor. Maps in float64 gain
             nothing by it.
+        kept: what the forward pass has kept, if it did; it makes the backward pass shorter.
     """
     x, x_dbl, dt_projs_weight, dt_projs_bias, A_logs, Ds = inputs
     batch, height, width, dim = x.shape
@@ -337,17 +398,15 @@ def scan_2d_backward(dy: Tensor, inputs: ScanInputs, fixed_A: bool = False) -> S
     walk, num_warps = _walk_options(
         dim, dstate, rank, acc, ADJOINT_WARPS, ADJOINT_CHANNELS, ADJOINT_GROUP, fixed_A
     )
-    # On a small map launches take longer than the work: one for all directions.
-    directions = 4 if x.numel() <= SMALL_MAP else 1
+    has_states = fixed_A and kept is not None and kept.numel() > 0
     blocks = triton.cdiv(dim, walk.CHANNELS)
     if fixed_A:
-        strip = _strip_options(dim, dstate, rank, acc, STRIP_CHANNELS, STRIP_GROUP)
+        strip, directions, chunk_size, num_chunks = _strip_chunks(inputs)
         num_parts = triton.cdiv(dim, 32 * strip.CHANNELS)
-        programs = num_parts * batch * directions
-        chunk_size, num_chunks = _chunks(length, programs, STRIP_PROGRAMS, STRIP_UNIT)
         num_subchunks = 0
     else:
         sweep = _sweep_options(dim, dstate, rank, acc, SUBCHUNK, TILE, SWEEP_FETCH)
+        directions = _directions(x)
         num_parts = triton.cdiv(dim, 32)
         chunk_size, num_chunks = _chunks(length, blocks * batch, BACKWARD_PROGRAMS, SUBCHUNK)
         num_subchunks = chunk_size // SUBCHUNK
@@ -360,7 +419,7 @@ def scan_2d_backward(dy: Tensor, inputs: ScanInputs, fixed_A: bool = False) -> S
         return x.new_empty(shape, dtype=accumulator)
 
     delta = buffer(directions, batch, height, width, dim)
-    states = buffer(2, directions, batch, num_chunks, dstate, dim)
+    *states, adjoints = buffer(2 - has_states, directions, batch, num_chunks, dstate, dim)
     delta_sums = buffer(directions, batch, num_chunks, dim)
     # The partial sums of dW come when what the walks hand over is done with.
     if fixed_A:
@@ -390,27 +449,29 @@ def scan_2d_backward(dy: Tensor, inputs: ScanInputs, fixed_A: bool = False) -> S
     grid = num_parts, num_chunks, directions * batch
     with torch.cuda.device_of(x):
         for k in range(0, 4, directions):
+            done = slice(k, k + directions)
+            entered = kept[done] if has_states else states[0]
             adjoint_state_kernel[(blocks, num_chunks, directions * batch)](
-                dy, *inputs[:5], delta, *states, delta_sums, walked, inner_sums, dD_parts,
-                *sizes, num_subchunks, k, DIRECTIONS=directions,
-                SUBSTEPS=0 if fixed_A else SUBCHUNK, WITH_DD=k == 0, META=walk,
-                num_warps=num_warps,
+                dy, *inputs[:5], delta, entered, adjoints, delta_sums, walked, inner_sums,
+                dD_parts, *sizes, num_subchunks, k, DIRECTIONS=directions,
+                SUBSTEPS=0 if fixed_A else SUBCHUNK, WITH_STATES=not has_states,
+                WITH_DD=k == 0, META=walk, num_warps=num_warps,
             )  # fmt: skip
-            _carry(A_logs, states, delta_sums, k, acc, fixed_A)
+            _carry(A_logs, *(states or [None]), adjoints, delta_sums, k, acc, fixed_A)
             ends = {"BEGINS": k == 0, "ENDS": directions == 1 and k == 3}
             if fixed_A:
                 state_walk_kernel[grid](
-                    dy, x, x_dbl, delta, states[0], walked, dBC_parts, *sizes, k,
+                    dy, x, x_dbl, delta, entered, walked, dBC_parts, *sizes, k,
                     DIRECTIONS=directions, META=strip, num_warps=1, maxnreg=STRIP_REGISTERS,
                 )  # fmt: skip
                 adjoint_walk_kernel[grid](
-                    dy, x, x_dbl, Ds, delta, *states, walked, dx_sum, dx, dBC_parts, *sizes, k,
-                    DIRECTIONS=directions, **ends, META=strip, num_warps=1, maxnreg=STRIP_REGISTERS,
+                    dy, x, x_dbl, Ds, delta, entered, adjoints, walked, dx_sum, dx, dBC_parts,
+                    *sizes, k, DIRECTIONS=directions, **ends, META=strip, num_warps=1, maxnreg=STRIP_REGISTERS,
                 )  # fmt: skip
             else:
                 sweep_kernel[grid](
-                    dy, x, x_dbl, A_logs, Ds, delta, *states, walked, inner_sums, dx_sum, dx,
-                    dBC_parts, dA_parts, *sizes, num_subchunks, k, DIRECTIONS=directions, **ends,
+                    dy, x, x_dbl, A_logs, Ds, delta, entered, adjoints, walked, inner_sums, dx_sum,
+                    dx, dBC_parts, dA_parts, *sizes, num_subchunks, k, DIRECTIONS=directions, **ends,
                     META=sweep, num_warps=1,
                 )  # fmt: skip
             projection_kernel[(num_tiles, directions)](
@@ -420,7 +481,6 @@ def scan_2d_backward(dy: Tensor, inputs: ScanInputs, fixed_A: bool = False) -> S
                 PADDED_RANK=max(16, walk.PADDED_RANK), PIXELS=pixels, NUM_PARTS=num_parts,
                 ACC=acc, num_warps=4,
             )  # fmt: skip
-            done = slice(k, k + directions)
             sum_parts(dW_parts.flatten(2), dW[done])
             sum_parts(dbias_parts, dbias[done])
             if wants_dA:

@@ -22,6 +22,7 @@ from kernels.scan_triton_parts import (
     arange,
     both,
     channels_states_ranks,
+    chunk_of,
     decays,
     exp2,
     exp2_of_minus,
@@ -52,7 +53,7 @@ def adjoint_state_kernel(
     dt_projs_bias,  # (4, DIM)
     A_logs,  # (4 * DIM, DSTATE)
     delta,  # (DIRECTIONS, batch, height, width, DIM)
-    states,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM), of which chunk i + 1 is written
+    states,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM), of which chunk i + 1 is written, if any
     adjoints,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM), of which chunk i - 1 is written
     delta_sums,  # (DIRECTIONS, batch, num_chunks, DIM)
     inner_states,  # (DIRECTIONS, batch, num_chunks, num_subchunks, DSTATE, DIM)
@@ -66,10 +67,13 @@ def adjoint_state_kernel(
     k,
     SUBSTEPS: tl.constexpr,
     DIRECTIONS: tl.constexpr,
+    WITH_STATES: tl.constexpr,
     WITH_DD: tl.constexpr,
     META: tl.constexpr,  # a `Walk`
 ):
     """Both chunk passes of a direction, k or one after it, in one walk, and delta.
+
+    Without WITH_STATES, for which A has to be fixed, only that of the adjoints.
 
     With P_t the product of a up to step t of the chunk, the adjoint that leaves the chunk at its
     front is sum_t P_t C_t dy_t: it needs no walk of its own from behind. Where A is fixed, P_t
@@ -84,8 +88,7 @@ def adjoint_state_kernel(
     i_b = i_row % batch
     k += gl.program_id(2) // batch
     length = height * width
-    start = i_chunk * chunk_size
-    count = gl.minimum(chunk_size, length - start)
+    start, count = chunk_of(i_chunk, k, chunk_size, num_chunks, length)
 
     o_c, o_n, o_r = channels_states_ranks(i_block, META)
     m_c = o_c < META.DIM
@@ -110,29 +113,34 @@ def adjoint_state_kernel(
     b_dD = b_sum
     walk = first_pixel(start, k, height, width)
     o_pixels, walk = next_group(walk, count, STEPS)
-    b_rows = fetch_group(p_r, o_pixels, META)
-    b_xs = fetch_channels(p_x, o_pixels, m_c, META)
+    b_rows = fetch_group(p_r, o_pixels, META, WITH_STATES)
     b_dys = fetch_channels(p_dy, o_pixels, m_c, META)
+    b_xs = b_dys
+    if WITH_STATES or WITH_DD:
+        b_xs = fetch_channels(p_x, o_pixels, m_c, META)
     for i in range(0, count, STEPS):
         if SUBSTEPS > 0 and i % SUBSTEPS == 0:
             i_inner = i_slot * num_subchunks + i // SUBSTEPS
             gl.store(inner_states + i_inner * (META.DSTATE * META.DIM) + o_nc, b_h, mask=m_nc)
             gl.store(inner_sums + i_inner * META.DIM + o_c, b_sum, mask=m_c)
-        store_group(buffers, b_rows)
+        store_group(buffers, b_rows, WITH_STATES)
         o_nexts, walk = next_group(walk, count - i - STEPS, STEPS)
-        b_rows = fetch_group(p_r, o_nexts, META)
-        b_next_xs = fetch_channels(p_x, o_nexts, m_c, META)
+        b_rows = fetch_group(p_r, o_nexts, META, WITH_STATES)
         b_next_dys = fetch_channels(p_dy, o_nexts, m_c, META)
+        b_next_xs = b_next_dys
+        if WITH_STATES or WITH_DD:
+            b_next_xs = fetch_channels(p_x, o_nexts, m_c, META)
         for t in gl.static_range(STEPS):
             # Positions past the end add nothing to the sums.
             is_inside = i + t < count
             b_delta = project_delta(rs.slice(t, 1, 1).load(META.LAYOUT), b_W, b_bias)
             b_delta = gl.where(is_inside, b_delta, 0.0)
             b_dy = gl.where(is_inside, b_dys[t], 0.0)
-            b_B = Bs.slice(t, 1, 1).load(META.LAYOUT)
             b_C = Cs.slice(t, 1, 1).load(META.LAYOUT)
-            b_a = decays(b_delta[None, :], b_A, o_n[:, None], META.FIXED_A, META.PADDED_DSTATE)
-            b_h = b_a * b_h + b_B * (b_delta * b_xs[t])[None, :]
+            if WITH_STATES:
+                b_B = Bs.slice(t, 1, 1).load(META.LAYOUT)
+                b_a = decays(b_delta[None, :], b_A, o_n[:, None], META.FIXED_A, META.PADDED_DSTATE)
+                b_h = b_a * b_h + b_B * (b_delta * b_xs[t])[None, :]
             b_sum += b_delta
             if META.FIXED_A:
                 # The powers of the whole product have dy as a factor from the first on.
@@ -150,8 +158,9 @@ def adjoint_state_kernel(
         b_dys = b_next_dys
 
     gl.store(delta_sums + i_slot * META.DIM + o_c, b_sum, mask=m_c)
-    p_states = states + (i_slot + 1) * (META.DSTATE * META.DIM) + o_nc
-    gl.store(p_states, b_h, mask=both(m_nc, i_chunk + 1 < num_chunks))
+    if WITH_STATES:
+        p_states = states + (i_slot + 1) * (META.DSTATE * META.DIM) + o_nc
+        gl.store(p_states, b_h, mask=both(m_nc, i_chunk + 1 < num_chunks))
     p_adjoints = adjoints + (i_slot - 1) * (META.DSTATE * META.DIM) + o_nc
     gl.store(p_adjoints, b_G, mask=both(m_nc, i_chunk > 0))
     if WITH_DD:
@@ -372,8 +381,8 @@ def sweep_kernel(
     i_b = i_row % batch
     k += gl.program_id(2) // batch
     length = height * width
-    start = i_chunk * chunk_size
-    end = gl.minimum(start + chunk_size, length)
+    start, count = chunk_of(i_chunk, k, chunk_size, num_chunks, length)
+    end = start + count
 
     o_n = grid(4, S, BY_STATE)
     o_c = i_block * 32 + grid(8, 4, BY_CHANNEL)

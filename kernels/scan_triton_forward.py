@@ -4,8 +4,9 @@ Delta is kept in bits here, times log2(e), because the hardware's exponential ha
 it back is a factor of B.
 """
 
-# Triton compiles no conditional expressions on pointers.
-# ruff: noqa: SIM108
+# Triton compiles no conditional expressions on pointers, and no `and` of what is known and what is
+# not before the kernel runs.
+# ruff: noqa: SIM102, SIM108
 
 import triton.language as tl
 
@@ -15,6 +16,7 @@ from kernels.scan_triton_parts import (
     SIZES,
     both,
     channels_states_ranks,
+    chunk_of,
     exp2,
     exp2_of_minus,
     fetch_channels,
@@ -127,11 +129,8 @@ def chunk_state_kernel(
     i_b = gl.program_id(2).to(gl.int64)
     length = height * width
 
-    # Chunks are cut along directions 0 and 1, where the last one is short: first of 2 and 3.
-    start = gl.where(k >= 2, num_chunks - 1 - i_chunk, i_chunk) * chunk_size
-    count = gl.minimum(chunk_size, length - start)
-    start = gl.where(k >= 2, start, length - start - count)
-    walk = first_pixel(start, (k + 2) % 4, height, width)
+    start, count = chunk_of(i_chunk, k, chunk_size, num_chunks, length)
+    walk = first_pixel(length - start - count, (k + 2) % 4, height, width)
 
     o_c, o_n, o_r = channels_states_ranks(i_block, META)
     m_c = o_c < META.DIM
@@ -199,9 +198,12 @@ def _scan_group(
 @jit
 def _scan(
     x, x_dbl, y_sum, y, b_h, direction, b_D, i_b, start, count, k, height, width, o_c, o_n, o_r,
-    buffers, BEGINS: tl.constexpr, META: tl.constexpr,
+    buffers, BEGINS: tl.constexpr, META: tl.constexpr, chunks=None, KEEPS: tl.constexpr = False,
 ):  # fmt: skip
     """Write y_sum plus the outputs of direction k to y, for `count` positions from `start`.
+
+    With KEEPS it writes the state on entering each chunk: `chunks` are where that of chunk 0 goes,
+    the mask of states and channels, and size and number of chunks, which begin where groups do.
 
     Returns the state after the last one.
     """
@@ -218,8 +220,19 @@ def _scan(
     b_ys = b_xs
     if not BEGINS:
         b_ys = fetch_channels(p_sum, o_pixels, m_c, META)
+    if KEEPS:
+        p_kept, m_nc, chunk_size, num_chunks = chunks
+        missing = gl.where(k >= 2, num_chunks * chunk_size - height * width, 0)
+        i_chunk = (start + missing) // chunk_size
+        i_chunk += (gl.maximum(i_chunk * chunk_size - missing, 0) < start).to(gl.int32)
+        next_kept = gl.maximum(i_chunk * chunk_size - missing, 0)
     whole = count // STEPS * STEPS
     for i in range(0, whole, STEPS):
+        if KEEPS:
+            if start + i == next_kept:
+                gl.store(p_kept + i_chunk * (META.DSTATE * META.DIM), b_h, mask=m_nc)
+                i_chunk += 1
+                next_kept = i_chunk * chunk_size - missing
         store_group(buffers, b_rows)
         o_nexts, walk, b_rows, b_next_xs = _fetch(p_r, p_x, m_c, walk, count - i - STEPS, META)
         b_next_ys = b_next_xs
@@ -325,15 +338,22 @@ def half_kernel(
     Ds,  # (4 * DIM)
     states,  # (4, batch, DSTATE, DIM): between the halves
     y_parts,  # (2, batch, height, width, DIM): along rows, and along columns
+    kept,  # (4, batch, num_chunks, DSTATE, DIM): on entering each chunk, where KEEPS
     height,
     width,
+    chunk_size,
+    num_chunks,
     IS_SECOND: tl.constexpr,
+    KEEPS: tl.constexpr,
     META: tl.constexpr,  # a `Walk`
 ):
     """One half of all directions at the same time, each in one go.
 
     A direction and its reverse share a part of y. Their first halves write each its half of the
     pixels, and their second halves, in another launch, add to what the other has written.
+
+    States are kept on request only for maps of a length, and for chunks of a size, that are
+    multiples of STEPS.
     """
     NUM_BLOCKS: tl.constexpr = (META.DIM + META.CHANNELS - 1) // META.CHANNELS
     STEPS: tl.constexpr = META.STEPS
@@ -355,8 +375,13 @@ def half_kernel(
     if not IS_SECOND:
         b_D = _load_D(Ds, o_c, both(m_c, k % 2 == 0), META)
     direction = _load_direction(dt_projs_weight, dt_projs_bias, A_logs, k, o_c, o_n, o_r, META)
-    o_states = (k * gl.num_programs(1) + i_b) * (META.DSTATE * META.DIM)
-    p_states = states + o_states + o_n[:, None] * META.DIM + o_c[None, :]
+    i_row = k * gl.num_programs(1) + i_b
+    o_nc = o_n[:, None] * META.DIM + o_c[None, :]
+    p_states = states + i_row * (META.DSTATE * META.DIM) + o_nc
+    chunks = None
+    if KEEPS:
+        p_kept = kept + i_row * num_chunks * (META.DSTATE * META.DIM) + o_nc
+        chunks = (p_kept, m_nc, chunk_size, num_chunks)
     b_h = zeros_like(o_n[:, None] + o_c[None, :]).to(META.ACC)  # [N, CH]
     if IS_SECOND:
         b_h = gl.load(p_states, mask=m_nc, other=0.0)
@@ -364,7 +389,7 @@ def half_kernel(
     p_part = y_parts + (k % 2) * gl.num_programs(1).to(gl.int64) * length * META.DIM
     b_h = _scan(
         x, x_dbl, p_part, p_part, b_h, direction, b_D, i_b, start, count, k, height, width,
-        o_c, o_n, o_r, buffers, not IS_SECOND, META,
+        o_c, o_n, o_r, buffers, not IS_SECOND, META, chunks, KEEPS,
     )  # fmt: skip
     if not IS_SECOND:
         gl.store(p_states, b_h, mask=m_nc)

@@ -232,6 +232,18 @@ def next_group(walk, num_left, STEPS: tl.constexpr):
     return o_pixels, walk
 
 
+@jit
+def chunk_of(i_chunk, k, chunk_size, num_chunks, length):
+    """The first position of a chunk in the order of direction k, and the number of its positions.
+
+    Chunks are cut along directions 0 and 1, where the last one is short: first of 2 and 3.
+    """
+    missing = gl.where(k >= 2, num_chunks * chunk_size - length, 0)
+    start = gl.maximum(i_chunk * chunk_size - missing, 0)
+    end = gl.minimum((i_chunk + 1) * chunk_size - missing, length)
+    return start, end - start
+
+
 class Walk(NamedTuple):
     """The constants of kernels in which a thread owns all states of its channels.
 
@@ -272,21 +284,24 @@ def row_buffers(META: tl.constexpr):
 
 
 @jit
-def fetch_group(p_r, o_pixels, META: tl.constexpr):
+def fetch_group(p_r, o_pixels, META: tl.constexpr, WITH_B: tl.constexpr = True):
     """r, B and C at the pixels of a group: `p_r` points to r of pixel 0 in x_dbl."""
     b_rs = fetch_rows(p_r, o_pixels, META.RANK, META.PADDED_RANK, META.FETCH_R, META)
-    b_Bs = fetch_rows(
-        p_r + META.RANK, o_pixels, META.DSTATE, META.PADDED_DSTATE, META.FETCH_N, META
-    )
     o_C: tl.constexpr = META.RANK + META.DSTATE
     b_Cs = fetch_rows(p_r + o_C, o_pixels, META.DSTATE, META.PADDED_DSTATE, META.FETCH_N, META)
+    b_Bs = b_Cs
+    if WITH_B:
+        b_Bs = fetch_rows(
+            p_r + META.RANK, o_pixels, META.DSTATE, META.PADDED_DSTATE, META.FETCH_N, META
+        )
     return b_rs, b_Bs, b_Cs
 
 
 @jit
-def store_group(buffers, b_rows):
+def store_group(buffers, b_rows, WITH_B: tl.constexpr = True):
     for i in gl.static_range(3):
-        buffers[i].store(b_rows[i])
+        if WITH_B or i != 1:
+            buffers[i].store(b_rows[i])
 
 
 @jit

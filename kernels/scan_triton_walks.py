@@ -19,6 +19,7 @@ from kernels.scan_triton_parts import (
     SharedMemory,
     arange,
     both,
+    chunk_of,
     decays,
     fetch_channels,
     fetch_rows,
@@ -172,8 +173,7 @@ def state_walk_kernel(
     i_b = i_row % batch
     k += gl.program_id(2) // batch
     length = height * width
-    start = i_chunk * chunk_size
-    count = gl.minimum(chunk_size, length - start)
+    start, count = chunk_of(i_chunk, k, chunk_size, num_chunks, length)
 
     o_n, o_c, m_c, o_nc, m_nc = _strip(i_block, META)
     b_weights = (o_n + 1)[:, None, None].to(META.ACC)
@@ -262,8 +262,7 @@ def adjoint_walk_kernel(
     i_b = i_row % batch
     k += gl.program_id(2) // batch
     length = height * width
-    start = i_chunk * chunk_size
-    count = gl.minimum(chunk_size, length - start)
+    start, count = chunk_of(i_chunk, k, chunk_size, num_chunks, length)
 
     o_n, o_c, m_c, o_nc, m_nc = _strip(i_block, META)
     b_weights = (o_n + 1)[:, None, None].to(META.ACC)

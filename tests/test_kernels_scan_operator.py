@@ -50,6 +50,22 @@ def test_operators_are_registered_in_full(dtype, fixed_A):
     torch.library.opcheck(ops.scan_2d, [*inputs, fixed_A])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_operators_that_keep_states_are_registered_in_full():
+    inputs = [value.cuda() for value in fix_A(make_inputs())]
+    inputs[:2] = torch.randn(2, 2, 16, 12).cuda(), torch.randn(2, 2, 16, 4, 9).cuda()
+    y, states = ops.scan_2d_and_states(*inputs)
+    assert states.dim() == 5
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    arguments = [torch.randn_like(y), *inputs, states]
+    torch.library.opcheck(
+        torch.ops.mambavc.scan_2d_and_states_backward, arguments, test_utils=tests
+    )
+    for i, value in enumerate(inputs):
+        value.requires_grad_(i != ScanInputs._fields.index("A_logs"))
+    torch.library.opcheck(ops.scan_2d_and_states, inputs)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_fixed_A_has_no_gradient(backend):
     inputs = public_inputs(requires_grad=True)

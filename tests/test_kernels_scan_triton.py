@@ -125,6 +125,42 @@ def test_fixed_A(scan, shape):
             assert error(result, truth) < TOLERANCE[dy.dtype][1], name
 
 
+@pytest.mark.parametrize("one_pass", [False, True], ids=["chunks", "one-pass"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((2, 3, 4, 32, 4), id="chunks-of-one-length"),
+        pytest.param((1, 4, 5, 64, 3), id="a-short-chunk-last-or-first"),
+        pytest.param((1, 1, 4, 32, 2), id="one-chunk"),
+    ],
+)
+def test_the_forward_pass_keeps_states_for_the_backward_pass(scan, monkeypatch, shape, one_pass):
+    monkeypatch.setattr(scan, "ONE_PASS_CHANNELS", 0 if one_pass else 1 << 30)
+    inputs, dy = make_inputs(shape)
+    A_logs = torch.arange(1, inputs.dstate + 1, device=DEVICE).log().expand_as(inputs.A_logs)
+    y, gradients = expected(inputs._replace(A_logs=A_logs), dy)
+    kept = torch.full(scan.kept_shape(inputs), torch.nan, device=DEVICE)
+    assert kept.dim() == 5
+    assert error(scan.scan_2d_forward(inputs, True, kept), y) < TOLERANCE[dy.dtype][0]
+    results = scan.scan_2d_backward(dy, inputs, True, kept)
+    for name, result, truth in zip(ScanInputs._fields, results, gradients, strict=True):
+        assert name == "A_logs" or error(result, truth) < TOLERANCE[dy.dtype][1], name
+    # The kept states are those that the backward pass finds by itself.
+    for result, other in zip(results, scan.scan_2d_backward(dy, inputs, True), strict=True):
+        assert error(result, other) < 1e-6 or result.numel() == 0
+
+
+def test_states_are_kept_only_where_they_are_few(scan, monkeypatch):
+    inputs, _ = make_inputs((1, 4, 4, 32, 4))
+    assert scan.kept_shape(inputs) == (4, 1, scan.kept_shape(inputs)[2], 4, 32)
+    assert scan.kept_shape(ScanInputs(*(value.double() for value in inputs))) == (0,)
+    # Orders that are read from behind would have chunks that begin inside of a group of pixels.
+    assert scan.kept_shape(make_inputs((1, 3, 3, 32, 4))[0]) == (0,)
+    monkeypatch.setattr(scan, "KEPT_BYTES", 0)
+    monkeypatch.setattr(scan, "KEPT_SHARE", 1)
+    assert scan.kept_shape(inputs) == (0,)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_forward_in_one_pass(scan, monkeypatch, shape):
     """Many channels are scanned without chunks."""

@@ -1,12 +1,16 @@
 """What the benchmark records, and that it gives no time to a wrong result."""
 
+import functools
 import json
 
 import pytest
 import torch
+from conftest import SHALLOW, save_checkpoint, tiny_model
 
 import kernels
+from kernels import scan_cpu
 from kernels.backends import choose_scan
+from kernels.graphs import Replay
 from tools import benchmark
 
 CPU = torch.device("cpu")
@@ -15,7 +19,7 @@ CPU = torch.device("cpu")
 def test_a_backend_with_a_wrong_result_is_not_measured(monkeypatch, capsys):
     scan = kernels.selective_scan_2d
 
-    def wrong(*args, backend):
+    def wrong(*args, backend, **promise):
         return scan(*args, backend="reference") * (1.001 if backend == "cpu" else 1)
 
     monkeypatch.setattr(kernels, "selective_scan_2d", wrong)
@@ -26,7 +30,7 @@ def test_a_backend_with_a_wrong_result_is_not_measured(monkeypatch, capsys):
 def test_a_backend_with_wrong_gradients_is_not_measured(monkeypatch):
     scan = kernels.selective_scan_2d
 
-    def wrong(x, *parameters, backend):
+    def wrong(x, *parameters, backend, **promise):
         y = scan(x, *parameters, backend="reference")
         return y + 1e-3 * (x - x.detach()) if backend == "cpu" else y
 
@@ -34,11 +38,24 @@ def test_a_backend_with_wrong_gradients_is_not_measured(monkeypatch):
     assert benchmark.usable_backends(CPU) == ["reference"]
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_a_backend_is_checked_with_A_fixed_too(monkeypatch, right):
+    scan = kernels.selective_scan_2d
+
+    def wrong(*args, backend, fixed_A=False):
+        y = scan(*args, fixed_A=fixed_A, backend=backend)
+        return y * 1.001 if fixed_A and not right else y
+
+    monkeypatch.setattr(kernels, "selective_scan_2d", wrong)
+    assert ("cpu" in benchmark.usable_backends(CPU)) == right
+
+
 TINY_FLAGS = ["--N", "8", "--M", "20", "--size", "64", "64", "--seconds", "0.01"]
+PASSES = ("forward", "backward", "fwd+bwd")
 # What each group does: maps are 32x32 at most, with 16 channels, the scan's with 32.
 WORK = {
-    "operator": [f"scan 1x32x32x32 {work}" for work in ("forward", "backward", "fwd+bwd")],
-    "block": [f"SS2D 16 1x32x32 {work}" for work in ("forward", "backward", "fwd+bwd")],
+    "operator": [f"scan 1x32x32x32{A} {work}" for A in ("", " A fixed") for work in PASSES],
+    "block": [f"SS2D 16 1x32x32 {work}" for work in PASSES],
     "network": ["forward 64x64"],
     "training": ["step 1x64x64 float32"],
     "codec": [
@@ -60,12 +77,95 @@ def test_every_group_runs_whole(tmp_path, group):
     assert [(r.get("model"), r["backend"], r["name"]) for r in records] == [
         (net, backend, name)
         for net in nets.get(group, ["mambavc"]) for backend in backends for name in WORK[group]
+        if "A fixed" not in name or backend == "cpu"
     ]  # fmt: skip
     for record in records:
         assert record["group"] == group
         assert 0 < record["p20_ms"] <= record["median_ms"] <= record["p80_ms"]
         if benchmark.reset_peak(CPU) is not None:
             assert 0 <= record["peak_mib"] < record["total_mib"]
+        has_scans = group != "operator" and record.get("model") not in ("convvc", "swinvc")
+        assert record.get("A") == ("fixed" if has_scans else None)
+
+
+@pytest.mark.parametrize("A", ["fixed", "trained"])
+@pytest.mark.parametrize("group", ["block", "network", "training"])
+def test_A_is_as_the_record_says(tmp_path, monkeypatch, group, A):
+    """In all scans that the kernel does, whether gradients are wanted or not."""
+    promises = set()
+    forward = scan_cpu.scan_2d_forward
+
+    def spy(inputs, fixed_A):
+        promises.add(fixed_A)
+        return forward(inputs, fixed_A)
+
+    monkeypatch.setattr(benchmark, "usable_backends", lambda device: ["cpu"])
+    monkeypatch.setattr(scan_cpu, "scan_2d_forward", spy)
+    file = tmp_path / "b.json"
+    flags = ["--trained-A"] if A == "trained" else []
+    benchmark.main(["--only", group, *flags, *TINY_FLAGS, "--json", str(file)])
+    assert {record["A"] for record in json.loads(file.read_text())["records"]} == {A}
+    assert promises == {A == "fixed"}
+
+
+def test_a_checkpoint_keeps_its_trained_A(tmp_path):
+    model = tiny_model(**SHALLOW)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_logs"):
+                parameter *= 1.1
+    file = tmp_path / "b.json"
+    flags = ["--models", save_checkpoint(model, tmp_path / "c.pth.tar"), "--only", "training"]
+    benchmark.main([*flags, *TINY_FLAGS[4:], "--json", str(file)])
+    (record,) = json.loads(file.read_text())["records"]
+    assert (record["model"], record["A"]) == ("c.pth.tar", "trained")
+
+
+def test_sizes_that_are_asked_for_replace_those_of_the_machine():
+    work = benchmark.ON_GPU.of_sizes([(64, 128)])
+    assert (work.maps, work.pictures, work.whole) == ([(1, 32, 64)], [(64, 128)], [(64, 128)])
+    assert [str(kind) for kind in work.steps] == [
+        "16x64x128 bf16 graph muon",
+        "16x64x128 float32 graph muon",
+        "16x64x128 bf16 muon",
+        "8x64x128 float32",
+        "8x64x128 float32 graph",
+    ]
+
+
+def test_a_step_that_was_skipped_gets_no_time():
+    """Where the loss is not finite the optimisers do nothing, in no time."""
+    model = tiny_model(**SHALLOW)
+    with torch.no_grad():
+        model.g_s[-1].bias.fill_(torch.inf)
+    bench = benchmark.Bench(CPU, ["cpu"], 0.01)
+    kind = benchmark.StepKind(1, 64, 64)
+    benchmark.bench_step(bench, "training", "step", kind, "mambavc", model)
+    (record,) = bench.records
+    assert "median_ms" not in record
+    assert record["error"] == "a step was not finite"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_a_graph_has_its_nodes_and_the_memory_of_its_capture():
+    bench = benchmark.Bench(torch.device("cuda"), ["triton"], 0.01)
+    x = torch.rand(2**10, device="cuda")
+
+    def double(times, x):
+        room = torch.cat([x] * 2**14)  # 64 MiB, which no replay takes anew
+        for _ in range(times):
+            room.mul_(2)
+        return room.sum()
+
+    for times in (3, 10):
+        replay = functools.partial(Replay(), functools.partial(double, times), x)
+        bench.run("network", "double", "triton", replay, graphed=True)
+    few, many = bench.records
+    assert many["nodes"] - few["nodes"] == 7
+    assert few["nodes"] < 20
+    for record in bench.records:
+        assert "peak_mib" not in record
+        assert record["total_mib"] > 64
 
 
 def test_any_network_is_measured_at_any_size(tmp_path):
@@ -137,8 +237,12 @@ def test_ratios_to_floor_and_peers(capsys):
     slow = {"group": "g", "name": "scan", "backend": "b", "median_ms": 6.0, "floor_ms": 1.0}
     failed = {"group": "g", "name": "scan", "backend": "c", "error": "no room"}
     alone = {"group": "g", "name": "another", "backend": "b", "median_ms": 1.0}
-    benchmark.print_ratios([slow, fast, failed, alone])
-    assert capsys.readouterr().out == "scan: a; b takes 3.0 times as long; 50% of the floor\n"
+    of_network = [{**each, "model": "m", "floor_ms": None} for each in (fast, slow)]
+    benchmark.print_ratios([slow, fast, failed, alone, *of_network])
+    assert capsys.readouterr().out == (
+        "scan: a; b takes 3.0 times as long; 50% of the floor\n"
+        "m scan: a; b takes 3.0 times as long\n"
+    )
 
 
 def test_what_fails_does_not_end_the_run(tmp_path, monkeypatch, capsys):

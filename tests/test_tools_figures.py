@@ -388,6 +388,7 @@ def test_speed_has_a_panel_for_each_quantity(tmp_path):
     records += [record("auto", height, median_ms=5 * height) for height in (512, 1024)]
     records += [record("published", h, "scaling", median_ms=9 * h) for h in (512, 1024)]
     records += [record("triton", 2048, error="out of memory")]
+    records += [record("triton", h, median_ms=8 * h, model="another") for h in (512, 1024)]
     found = speed.lines(records, "median_ms")
     assert found["mamba-ssm's scan"] == [(512 * 768 / 1e6, 1536), (1024 * 768 / 1e6, 3072)]
     assert found.keys() == {"ours", "mamba-ssm's scan", "ours, CUDA graph", "published code"}
@@ -408,6 +409,24 @@ def test_speed_has_a_panel_for_each_quantity(tmp_path):
     speed.main([str(file), "--output", str(output)])
     # Versions of matplotlib differ in how they round inches to pixels.
     assert picture_size(output) == pytest.approx((1840, 700), abs=1)
+    # Of an older file, our graphs' line and the others' that are missing.
+    content = {"machine": {**MACHINE, "device": "another GPU"}, "records": records[:2]}
+    content["records"] += [
+        record("triton", h, graph=" graph", median_ms=h / 2) for h in (512, 1024)
+    ]
+    figure = speed.draw(content, {"machine": MACHINE, "records": records})
+    time, memory = figure.axes
+    assert named(time)["ours, CUDA graph"] == style.ACCENT != named(time)["before, CUDA graph"]
+    assert named(time).keys() == {
+        "ours", "ours, CUDA graph", "before, CUDA graph", "mamba-ssm's scan", "published code",
+    }  # fmt: skip
+    now, then = (drawn(time)[named(time)[f"{name}, CUDA graph"]] for name in ("ours", "before"))
+    assert (now, then) == (
+        [(512 * size, 256), (1024 * size, 512)],
+        [(512 * size, 512), (1024 * size, 1024)],
+    )
+    assert named(memory).keys() == {"ours", "mamba-ssm's scan"}
+    assert "another GPU, PyTorch 2; before, and code of others: a GPU" in figure.texts[0].get_text()
     file.write_text(json.dumps({"machine": MACHINE, "records": []}))
     with pytest.raises(UsageError, match="nothing to draw"):
         speed.main([str(file), "--output", str(output)])
