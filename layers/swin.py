@@ -9,7 +9,7 @@ from torch import Tensor
 import kernels
 
 from .compressai import conv1x1, conv3x3
-from .conv_chain import Conv1x1, at_each_pixel, fused
+from .conv_chain import Conv1x1, ConvChain, at_each_pixel, fused
 from .drop_path import DropPath
 from .layer_norm import LayerNorm
 
@@ -168,13 +168,13 @@ class _ResidualUnit(nn.Module):
         return self.relu(self.conv(x) + x)
 
 
-class _ResidualUnits(nn.Sequential):
+class _ResidualUnits(ConvChain):
     """Residual units, and perhaps convolutions behind: one chain in half precision on a GPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, dim, height, width) to the same shape."""
         if not kernels.fuses_convolutions(x):
-            return super().forward(x)
+            return nn.Sequential.forward(self, x)
         layers, skips, count = [], {}, 0
         for part in self:
             if isinstance(part, _ResidualUnit):

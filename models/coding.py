@@ -619,20 +619,24 @@ def _in_float64(slices: SlicePredictor) -> dict:
     fuses = kernels.fuses_convolutions(torch.empty(1, dtype=torch.float64, device=device))
     layout = torch.channels_last if fuses else torch.contiguous_format
     for part in parts.values():
-        if not isinstance(part, nn.Module):
-            continue
-        part.to(dtype=torch.float64, memory_format=layout)
-        for parent in list(part.modules()):
-            if isinstance(parent, SS2D) or (fuses and isinstance(parent, ConvChain)):
-                continue
-            for name, layer in list(parent.named_children()):
-                if type(layer) is nn.Conv2d and layer.stride == (1, 1):
-                    setattr(parent, name, ConvChain(layer) if fuses else _exact_convolution(layer))
-                if type(layer) is nn.ConvTranspose2d:
-                    setattr(parent, name, _ProductConvTranspose2d(layer, layout))
-                if type(layer) is nn.Linear and fuses:
-                    setattr(parent, name, _FusedLinear(layer))
+        if isinstance(part, nn.Module):
+            part.to(dtype=torch.float64, memory_format=layout)
+            _replace_layers(part, fuses, layout)
     return parts
+
+
+def _replace_layers(parent: nn.Module, fuses: bool, layout: torch.memory_format) -> None:
+    for name, layer in parent.named_children():
+        if isinstance(layer, SS2D) or (fuses and isinstance(layer, ConvChain)):
+            continue
+        if isinstance(layer, nn.Conv2d) and layer.stride == (1, 1):
+            setattr(parent, name, ConvChain(layer) if fuses else _exact_convolution(layer))
+        elif isinstance(layer, nn.ConvTranspose2d):
+            setattr(parent, name, _ProductConvTranspose2d(layer, layout))
+        elif isinstance(layer, nn.Linear) and fuses:
+            setattr(parent, name, _FusedLinear(layer))
+        else:
+            _replace_layers(layer, fuses, layout)
 
 
 def _exact_convolution(layer: nn.Conv2d) -> nn.Module:

@@ -199,9 +199,9 @@ def test_entropy_path_by_kernels_is_the_one_by_products(model, monkeypatch):
         mu, _, support = slices.predict(i, *latents, *y_hat)
         assert mu.is_contiguous(memory_format=torch.channels_last)
         y_hat.append(slices.correct(i, support, mu.round()))
-        # Twice, for mean and scale: three convolutions and two times three units around two blocks
-        # of four linear layers and an attention; three layers in one; and once more as many.
-        assert calls - before == {"c": 2 * (3 + 6 + 2 * 4 + 1) + 1, "w": 2 * 2}
+        # Twice, for mean and scale: two convolutions and two chains of units around two blocks of
+        # two linear layers, an MLP and an attention; three layers in one; and once more as many.
+        assert calls - before == {"c": 2 * (2 + 2 + 2 * 3 + 1) + 1, "w": 2 * 2}
     y_hat = torch.cat(y_hat, 1).cpu()
     torch.testing.assert_close(y_hat, products[:, : y_hat.shape[1]], rtol=1e-11, atol=1e-11)
 
