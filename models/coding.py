@@ -26,6 +26,7 @@ import kernels
 from kernels.graphs import Replay
 from layers import SS2D, ConvChain
 from layers.compressai import CompressionModel
+from layers.conv_chain import Conv1x1
 from layers.winograd import WinogradConv2d
 
 from . import container
@@ -611,8 +612,9 @@ class _ProductConvTranspose2d(nn.Module):
 def _in_float64(slices: SlicePredictor) -> dict:
     """Copies of its parts that compute in float64, without PyTorch's slow convolutions.
 
-    In their place are kernels where these run, on a GPU, else products. Convolutions of a stride
-    other than 1 and the layers of `SS2D`, which its kernels read and nobody calls, stay.
+    In their place are kernels where these run, on a GPU, else products. What these do not compute
+    stays, such as depthwise convolutions, and so do the layers of `SS2D`, which its kernels read
+    and nobody calls.
     """
     parts = copy.deepcopy(vars(slices))
     device = next(slices.h_mean_s.parameters()).device
@@ -626,17 +628,29 @@ def _in_float64(slices: SlicePredictor) -> dict:
 
 
 def _replace_layers(parent: nn.Module, fuses: bool, layout: torch.memory_format) -> None:
+    # Subclasses may compute something else.
     for name, layer in parent.named_children():
         if isinstance(layer, SS2D) or (fuses and isinstance(layer, ConvChain)):
             continue
-        if isinstance(layer, nn.Conv2d) and layer.stride == (1, 1):
+        if type(layer) in (nn.Conv2d, Conv1x1) and _is_plain(layer):
             setattr(parent, name, ConvChain(layer) if fuses else _exact_convolution(layer))
-        elif isinstance(layer, nn.ConvTranspose2d):
+        elif type(layer) is nn.ConvTranspose2d:
             setattr(parent, name, _ProductConvTranspose2d(layer, layout))
-        elif isinstance(layer, nn.Linear) and fuses:
+        elif type(layer) is nn.Linear and layer.bias is not None and fuses:
             setattr(parent, name, _FusedLinear(layer))
         else:
             _replace_layers(layer, fuses, layout)
+
+
+def _is_plain(layer: nn.Conv2d) -> bool:
+    return (
+        layer.kernel_size in ((1, 1), (3, 3))
+        and layer.padding == tuple(side // 2 for side in layer.kernel_size)
+        and layer.stride == layer.dilation == (1, 1)
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+        and layer.bias is not None
+    )
 
 
 def _exact_convolution(layer: nn.Conv2d) -> nn.Module:
