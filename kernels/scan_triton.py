@@ -466,13 +466,14 @@ def scan_2d_backward(
                 )  # fmt: skip
                 adjoint_walk_kernel[grid](
                     dy, x, x_dbl, Ds, delta, entered, adjoints, walked, dx_sum, dx, dBC_parts,
-                    *sizes, k, DIRECTIONS=directions, **ends, META=strip, num_warps=1, maxnreg=STRIP_REGISTERS,
+                    *sizes, k, DIRECTIONS=directions, **ends, META=strip, num_warps=1,
+                    maxnreg=STRIP_REGISTERS,
                 )  # fmt: skip
             else:
                 sweep_kernel[grid](
                     dy, x, x_dbl, A_logs, Ds, delta, entered, adjoints, walked, inner_sums, dx_sum,
-                    dx, dBC_parts, dA_parts, *sizes, num_subchunks, k, DIRECTIONS=directions, **ends,
-                    META=sweep, num_warps=1,
+                    dx, dBC_parts, dA_parts, *sizes, num_subchunks, k, DIRECTIONS=directions,
+                    **ends, META=sweep, num_warps=1,
                 )  # fmt: skip
             projection_kernel[(num_tiles, directions)](
                 delta, x_dbl, dt_projs_weight, dBC_parts, dx_dbl, dW_parts, dbias_parts,

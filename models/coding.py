@@ -612,8 +612,9 @@ class _ProductConvTranspose2d(nn.Module):
 def _in_float64(slices: SlicePredictor) -> dict:
     """Copies of its parts that compute in float64, without PyTorch's slow convolutions.
 
-    In their place are kernels where these run, on a GPU, else products. Layers that these do not
-    stand for, and those of `SS2D`, which its kernels read and nobody calls, stay.
+    In their place are kernels where these run, on a GPU, else products. What these do not compute
+    stays, such as depthwise convolutions, and so do the layers of `SS2D`, which its kernels read
+    and nobody calls.
     """
     parts = copy.deepcopy(vars(slices))
     device = next(slices.h_mean_s.parameters()).device
@@ -627,34 +628,28 @@ def _in_float64(slices: SlicePredictor) -> dict:
 
 
 def _replace_layers(parent: nn.Module, fuses: bool, layout: torch.memory_format) -> None:
+    # Subclasses may compute something else.
     for name, layer in parent.named_children():
         if isinstance(layer, SS2D) or (fuses and isinstance(layer, ConvChain)):
             continue
-        if not _is_plain(layer):
-            _replace_layers(layer, fuses, layout)
-        elif isinstance(layer, nn.Conv2d):
+        if type(layer) in (nn.Conv2d, Conv1x1) and _is_plain(layer):
             setattr(parent, name, ConvChain(layer) if fuses else _exact_convolution(layer))
-        elif isinstance(layer, nn.ConvTranspose2d):
+        elif type(layer) is nn.ConvTranspose2d:
             setattr(parent, name, _ProductConvTranspose2d(layer, layout))
-        elif fuses:
+        elif type(layer) is nn.Linear and layer.bias is not None and fuses:
             setattr(parent, name, _FusedLinear(layer))
+        else:
+            _replace_layers(layer, fuses, layout)
 
 
-def _is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is of the kinds that others stand for: a block from elsewhere may have more.
-
-    Types are compared, for a class of its own computes what it likes.
-    """
-    if type(layer) not in (nn.Linear, nn.Conv2d, Conv1x1, nn.ConvTranspose2d) or layer.bias is None:
-        return False
-    if isinstance(layer, nn.Linear):
-        return True
-    if (layer.dilation, layer.groups, layer.padding_mode) != ((1, 1), 1, "zeros"):
-        return False
-    sizes = layer.kernel_size, layer.padding, layer.stride
-    return isinstance(layer, nn.ConvTranspose2d) or sizes in (
-        ((1, 1), (0, 0), (1, 1)),
-        ((3, 3), (1, 1), (1, 1)),
+def _is_plain(layer: nn.Conv2d) -> bool:
+    return (
+        layer.kernel_size in ((1, 1), (3, 3))
+        and layer.padding == tuple(side // 2 for side in layer.kernel_size)
+        and layer.stride == layer.dilation == (1, 1)
+        and layer.groups == 1
+        and layer.padding_mode == "zeros"
+        and layer.bias is not None
     )
 
 

@@ -191,7 +191,6 @@ def test_layers_of_any_kind_are_computed_in_float64(model):
     model.h_mean_s.insert(
         0, torch.nn.Conv2d(channels, channels, 3, padding=1, padding_mode="reflect")
     )
-    model.h_mean_s.insert(0, torch.nn.ConvTranspose2d(channels, channels, 3, padding=1, groups=2))
     test_entropy_path_is_computed_in_float64(model.eval())
 
 

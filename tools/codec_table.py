@@ -62,9 +62,12 @@ def table(ours: Sequence[Path] = ()) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = utils.ArgumentParser(prog="python -m tools.codec_table", description=__doc__)
+    what = __doc__.partition("::")[0]
+    parser = utils.ArgumentParser(prog="python -m tools.codec_table", description=what)
     parser.add_argument("file", type=Path, help=f"has {START.strip()} and {END.strip()}")
-    parser.add_argument("--ours", nargs="*", type=Path, default=[], metavar="FILE")
+    parser.add_argument(
+        "--ours", nargs="*", type=Path, default=[], metavar="FILE", help="of eval.py --json"
+    )
     args = parser.parse_args(argv)
     try:
         before, rest = args.file.read_text().split(START)

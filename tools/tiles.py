@@ -67,8 +67,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results to this file")
     parser.add_argument("--tile-sizes", nargs="+", type=positive, metavar="T", help="in pixels")
     parser.add_argument(
-        "--margins", nargs="+", type=utils.number(int, 0), default=[DEFAULT_MARGIN], metavar="M"
-    )
+        "--margins", nargs="+", type=utils.number(int, 0), default=[DEFAULT_MARGIN], metavar="M",
+        help="pixels around a tile that the transforms see, of pictures for --tile-sizes",
+    )  # fmt: skip
     parser.add_argument("--megapixels", nargs="+", type=positive, metavar="P", help="rising")
     parser.add_argument("--max-memory", metavar="SIZE", help="for codec.py")
     args = parser.parse_args(argv)

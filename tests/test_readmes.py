@@ -1,4 +1,7 @@
-"""The page on how to change the network: its files are written and its commands run, in a copy."""
+"""The pages: where links lead, what they list, flags of commands; and those that say how to change
+
+the project: their files are written and their commands run, in a copy.
+"""
 
 import os
 import re
@@ -12,17 +15,20 @@ from conftest import save_checkpoint, tiny_model
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "models" / "README.md").read_text()
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("*/README.md")]
+}
 BLOCKS = re.compile(r"```(python|sh)\n(.*?)```", re.DOTALL)
 # In place of what takes minutes; each must occur.
 FASTER = {
-    "A block": {
+    ("models", "A block"): {
         "--N 32 --M 80": "--N 4 --M 10",
         "--batch-size 4 --patch-size 128 128": "--batch-size 1 --patch-size 64 64",
         "--max-steps 300 --val-every 300 --save-every 300": "--max-steps 1",
         "--models gatedvc mambavc convvc": "--models gatedvc --N 4 --M 10",
     },
-    "A scan": {
+    ("kernels", "Add a backend"): {
         "--checkpoint mambavc-light-0.0130": "--checkpoint tiny.pth.tar",
     },
 }
@@ -45,10 +51,11 @@ def copy(tmp_path_factory):
     return folder
 
 
-def section(title):
+def section(folder, title):
     """Blocks (language, text) of a section, faster."""
-    (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
-    for old, new in FASTER[title].items():
+    page = PAGES[f"{folder}/README.md"]
+    (text,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", page, re.DOTALL | re.MULTILINE)
+    for old, new in FASTER[folder, title].items():
         assert old in text
         text = text.replace(old, new)
     return BLOCKS.findall(text)
@@ -94,7 +101,7 @@ def run(folder, commands):
 
 
 def test_a_block_is_written_trained_counted_and_compared(copy):
-    (_, module), *commands = section("A block")
+    (_, module), *commands = section("models", "A block")
     (copy / "models" / "gated.py").write_text(module)
     out = run(copy, "".join(text for _, text in commands))
     assert re.search(r"^gatedvc 512x768: \S+ GMACs", out, re.MULTILINE)
@@ -105,8 +112,64 @@ def test_a_block_is_written_trained_counted_and_compared(copy):
 
 
 def test_a_scan_is_added_and_tested(copy):
-    (_, module), (_, commands) = section("A scan")
+    (_, module), (_, branch), (_, commands) = section("kernels", "Add a backend")
     (copy / "kernels" / "scan_float64.py").write_text(module)
     out = run(copy, commands)
+    assert branch in (copy / "kernels" / "scan.py").read_text()
     assert re.search(r"^[1-9]\d* passed", out, re.MULTILINE)
     assert re.search(r"^mean +\d", out, re.MULTILINE)
+
+
+def anchors(page):
+    """Of the headings of a page, as its hosts make them."""
+    headings = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    text = re.sub(r"^```.*?^```", "", PAGES[name], flags=re.DOTALL | re.MULTILINE)
+    links = re.findall(r"\]\(([^)\s]+)\)", text)
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (ROOT / name).parent / file if file else ROOT / name
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+
+
+def test_the_first_page_is_short_and_has_all_that_lies_beside_it():
+    page = PAGES["README.md"]
+    assert page.count("\n") <= 140
+    (table,) = re.findall(r"^## Folders\n(.*?)^## ", page, re.DOTALL | re.MULTILINE)
+    folders = {f"{path.parent.name}/" for path in ROOT.glob("[a-z]*/__init__.py")}
+    for name in folders | {path.name for path in ROOT.glob("*.py")}:
+        assert f"`{name}`" in table, name
+
+
+def test_the_page_of_the_tools_has_all_of_them():
+    for path in (ROOT / "tools").rglob("*.py"):
+        if "__main__" in path.read_text():
+            tool = ".".join(path.relative_to(ROOT / "tools").with_suffix("").parts)
+            assert f"`{tool}`" in PAGES["tools/README.md"], tool
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_commands_have_flags_that_there_are(name):
+    text = PAGES[name].replace("\\\n", " ")
+    blocks = re.findall(r"^```.*?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    commands = [line for block in blocks for line in block.splitlines()]
+    commands += [code.replace("\n", " ") for code in re.findall(r"`([^`]+)`", prose)]
+    shared = [ROOT / "tools" / "networks.py", ROOT / "tools" / "figures" / "style.py"]
+    for command in commands:
+        program = re.search(r"(?:-m (tools\.[\w.]+)|\b(train|eval|codec)\.py)", command)
+        if program is None or program[1] == "tools.NAME":
+            continue
+        file = (program[1] or program[2]).replace(".", "/") + ".py"
+        source = "".join(path.read_text() for path in [ROOT / file, *shared])
+        flags = re.findall(r"(?<=\s)--[\w-]+", command[program.end() :].partition(" #")[0])
+        for flag in {*flags} - {"--help"}:
+            assert f'"{flag}"' in source, command
