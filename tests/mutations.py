@@ -210,6 +210,12 @@ FAULTS = [
     Fault("tools/export.py", "build_from_checkpoint(checkpoint, args.checkpoint)", "pass",
           "tests/test_tools_export.py", "could_not_be_loaded"),
     # Pictures and files.
+    Fault("utils.py", "bar.update()", "pass", UTILS, "a_bar_with_names"),
+    Fault("utils.py", "leave=False", "leave=True", UTILS, "clean"),
+    Fault("utils.py", "all(os.get_terminal_size(sys.stderr.fileno()))", "True", UTILS,
+          "without_a_size"),
+    Fault("training/log.py", "self._has_originals = True", "pass", TRAIN, "lowers_the_loss"),
+    Fault("models/coding.py", "and layer.groups == 1", "", CODING, "any_kind"),
     Fault("utils.py", "samples.round()", "samples", UTILS, "16_bit"),
     Fault("utils.py", "x.mul(255).round()", "x.mul(255)", UTILS, "8_bit_samples"),
     Fault("utils.py", "if not x.isfinite().all():", "if False:", UTILS, "no_sample_stands"),

@@ -180,17 +180,22 @@ def test_entropy_path_is_computed_in_float64(model):
     torch.testing.assert_close(exact, double, rtol=1e-11, atol=1e-11)
 
 
-@torch.no_grad()
-def test_layers_of_any_kind_are_computed_in_float64(model):
-    """Of a block that is not ours, for instance."""
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 7, "padding": 3},
+        {"kernel_size": 3, "padding": 1, "groups": 2},
+        {"kernel_size": 3, "padding": "same", "dilation": 2},
+        {"kernel_size": 3, "padding": 1, "padding_mode": "reflect"},
+        {"kernel_size": 1, "bias": False},
+    ],
+    ids=str,
+)
+def test_layers_of_any_kind_are_computed_in_float64(model, options):
+    """Those of a block that is not ours, for instance."""
     model = copy.deepcopy(model)
     channels = model.h_mean_s[0].in_channels
-    model.h_mean_s.insert(0, torch.nn.Conv2d(channels, channels, 7, padding=3, groups=channels))
-    model.h_mean_s.insert(0, torch.nn.Conv2d(channels, channels, 3, padding="same", dilation=2))
-    model.h_mean_s.insert(0, torch.nn.Conv2d(channels, channels, 1, bias=False))
-    model.h_mean_s.insert(
-        0, torch.nn.Conv2d(channels, channels, 3, padding=1, padding_mode="reflect")
-    )
+    model.h_mean_s.insert(0, torch.nn.Conv2d(channels, channels, **options))
     test_entropy_path_is_computed_in_float64(model.eval())
 
 
