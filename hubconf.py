@@ -19,7 +19,7 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 
-dependencies = ["PIL", "compressai", "numba", "numpy", "safetensors", "torch"]
+dependencies = ["PIL", "compressai", "einops", "numba", "numpy", "safetensors", "torch", "tqdm"]
 
 _FOLDER = Path(__file__).resolve().parent
 _NAMES = ("kernels", "layers", "models", "utils")  # of this project's that a network imports
