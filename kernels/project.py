@@ -29,9 +29,9 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 def project_halves(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """`project` by both halves of a matrix, into two maps.
 
-    In half precision the gradients by x are added inside the second product.
+    Where layers run fused kernels the gradients by x are added inside the second product.
     """
-    dtype = backends.half_precision(x)
+    dtype = backends.fused_precision(x)
     if dtype is None or torch.compiler.is_compiling():
         first, second = weight.chunk(2)
         return project(x, first), project(x, second)

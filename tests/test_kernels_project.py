@@ -36,7 +36,7 @@ def test_it_is_a_linear_layer(name):
 @pytest.mark.parametrize("name", ["dense", "slice", "channels first"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_halves_are_two_products(name, fused, monkeypatch):
-    monkeypatch.setattr(backends, "half_precision", lambda x: x.dtype if fused else None)
+    monkeypatch.setattr(backends, "fused_precision", lambda x: x.dtype if fused else None)
     x = MAPS[name]().requires_grad_()
     weight = torch.randn(10, 24, requires_grad=True)
     halves = project_halves(x, weight)
