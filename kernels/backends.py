@@ -90,29 +90,39 @@ def runs_stage_kernels(device_type: str) -> bool:
     return _meaning_of_auto() != "reference" and _why_not("triton", device_type) is None
 
 
-def half_precision(x: Tensor) -> torch.dtype | None:
-    """The half precision that layers compute in for x, its own or autocast's, if kernels run there.
+def fused_precision(x: Tensor) -> torch.dtype | None:
+    """The dtype in which layers run their fused kernels for a map; None where PyTorch runs its own.
 
-    None where they do not, and for what PyTorch is to compute to the last bit as it always has:
-    maps in float32 without autocast, and in float64.
+    That is half precision, the map's own or autocast's; float32 where gradients are recorded and
+    its products may be TF32 (`product_precision`); float64 where none are recorded. What PyTorch is
+    to compute to the last bit as it always has is left to it: float32 in inference, and with
+    PyTorch's default settings.
     """
     dtype, device_type = x.dtype, x.device.type
     if dtype == torch.float32 and torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-    if dtype in (torch.bfloat16, torch.float16) and runs_stage_kernels(device_type):
-        return dtype
-    return None
+    if dtype == torch.float32:
+        # A compiler, which cannot trace the question, joins PyTorch's small kernels by itself.
+        compiles = torch.compiler.is_compiling()
+        fuses = torch.is_grad_enabled() and not compiles and product_precision(dtype) == "tf32"
+    elif dtype == torch.float64:
+        fuses = not torch.is_grad_enabled()
+    else:
+        fuses = dtype in (torch.bfloat16, torch.float16)
+    return dtype if fuses and runs_stage_kernels(device_type) else None
 
 
-def fused_precision(x: Tensor) -> torch.dtype | None:
-    """The dtype in which layers run their fused kernels for x, if they do: `half_precision`, or
+def product_precision(dtype: torch.dtype) -> str:
+    """How a GPU may multiply factors of a dtype, as Triton calls it: ``tf32`` or ``ieee``.
 
-    float64 where no gradient is recorded. There PyTorch takes several times as many kernels.
+    TF32 keeps 10 bits of the fraction of factors in float32. PyTorch has to be allowed it in matrix
+    products (`torch.set_float32_matmul_precision`), and in convolutions, where it is by default.
     """
-    if x.dtype == torch.float64:
-        fuses = not torch.is_grad_enabled() and runs_stage_kernels(x.device.type)
-        return torch.float64 if fuses else None
-    return half_precision(x)
+    if dtype != torch.float32:
+        return "ieee"
+    # The older names of these settings raise where one has been set by its new name.
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    return "tf32" if matmul.fp32_precision == conv.fp32_precision == "tf32" else "ieee"
 
 
 def runs_onednn(x: Tensor) -> bool:

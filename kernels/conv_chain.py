@@ -1,4 +1,4 @@
-"""A chain of convolutions with activations, on maps of few pixels, in half precision or float64."""
+"""A chain of convolutions with activations, on maps of few pixels, as fused kernels."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,8 +13,7 @@ FEW_PIXELS = 1 << 15  # on more a product is long enough for its library to pay
 def fuses_convolutions(x: Tensor) -> bool:
     """Whether `conv_chain` takes over from PyTorch's convolutions for a map of any layout.
 
-    It does so on a GPU, in half precision, which autocast may bring, and in float64 where no
-    gradient is recorded. Other maps and devices keep PyTorch's kernels, to the last bit.
+    See `backends.fused_precision`. Other maps and devices keep PyTorch's kernels, to the last bit.
     """
     return backends.fused_precision(x) is not None and x.numel() > 0
 
@@ -38,9 +37,10 @@ def conv_chain(
 ) -> Tensor:
     """Convolutions of stride 1 with zero padding that keeps the size, each with its activation.
 
-    Sums are float32, or float64; what lies between layers is rounded to half precision, as PyTorch
-    does in autocast. In half precision it is differentiable once in all tensors. The same input
-    gives the same bits every time.
+    Sums are float32, or float64; what lies between layers is rounded to half precision where that
+    is the precision, as PyTorch does in autocast, and the factors of float32 products to TF32. But
+    for float64 it is differentiable once in all tensors. The same input gives the same bits every
+    time.
 
     Args:
         x: (batch, channels, height, width), for which `fuses_convolutions` holds; quickest where
@@ -54,7 +54,7 @@ def conv_chain(
             x is 0, what layer i makes is i + 1. Each map is added once at most.
 
     Returns:
-        (batch, out, height, width) in half precision or float64, channels last.
+        (batch, out, height, width) in that precision, channels last.
     """
     dtype = backends.fused_precision(x)
     parameters = []

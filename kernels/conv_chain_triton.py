@@ -15,11 +15,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backends import product_precision
 from kernels.sum_triton import sum_parts
 
 MULTIPROCESSORS = 132  # an H100's; blocks are made small enough that about as many programs run
-GRAD_BLOCK = (32, 32, 64)  # output and input channels, pixels
-GRAD_PIXELS = 256  # fewest pixels of a program that adds up a weight's gradient
+# Pixels, output channels and, at a time, input channels of a program, by the bytes of a number: a
+# multiprocessor has shared memory for several programs.
+BLOCKS = {2: (64, 64, 64), 4: (64, 64, 32), 8: (32, 32, 32)}
+# Output channels, input channels and, at a time, pixels of a program of the gradient by a weight:
+# the first that is small enough for as many programs as multiprocessors, or the last.
+GRAD_BLOCKS = {2: [(32, 32, 64)], 4: [(64, 64, 32), (32, 32, 64)]}
+GRAD_PIXELS = 256  # fewest pixels of such a program,
+GRAD_UNIT = 64  # and what their number is a multiple of
 WARPS, STAGES = 4, 4
 
 
@@ -65,6 +72,7 @@ def _chain_kernel(
     SIDE: tl.constexpr,
     MIRRORED: tl.constexpr,  # as the gradient by a map needs it
     ACTIVATION: tl.constexpr,
+    PRODUCTS: tl.constexpr,  # see `product_precision`
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -88,7 +96,7 @@ def _chain_kernel(
             tap = SIDE * SIDE - 1 - tap
         p_w = weight + tap * stride_tap + o_in[:, None] * stride_in + o_c[None, :] * stride_out
         b_w = tl.load(p_w, mask=m_in[:, None] & m_c[None, :], other=0.0)
-        b_out = tl.dot(b_x, b_w, b_out, input_precision="ieee", out_dtype=ACC)
+        b_out = tl.dot(b_x, b_w, b_out, input_precision=PRODUCTS, out_dtype=ACC)
     o_out = o_p.to(tl.int64)[:, None] * channels + o_c[None, :]
     m_out = m_p[:, None] & m_c[None, :]
     if bias is not None:
@@ -122,6 +130,7 @@ def _chain_grad_kernel(
     channels,
     share,  # pixels of a split
     SIDE: tl.constexpr,
+    PRODUCTS: tl.constexpr,  # see `product_precision`
     BLOCK_C: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -146,7 +155,7 @@ def _chain_grad_kernel(
         o_from, m_from = _taps_pixels(o_p, m_p, tap, height, width, SIDE)
         p_x = x + o_from.to(tl.int64)[:, None] * in_channels + o_in[None, :]
         b_x = tl.load(p_x, mask=m_from[:, None] & m_in[None, :], other=0.0)
-        b_dweight = tl.dot(tl.trans(b_dout), b_x, b_dweight, input_precision="ieee")
+        b_dweight = tl.dot(tl.trans(b_dout), b_x, b_dweight, input_precision=PRODUCTS)
         b_dbias += b_dout.to(tl.float32)
     o_split = tl.program_id(1).to(tl.int64) * row
     p_dweight = dweight + o_split + (o_c[:, None] * (SIDE * SIDE) + tap) * in_channels
@@ -174,19 +183,17 @@ def _convolve(
     batch, height, width, in_channels = x.shape
     out = x.new_empty(batch, height, width, channels)
     pixels = batch * height * width
-    block_c = min(64, max(16, triton.next_power_of_2(channels)))
-    block_p = 64
+    block_p, block_c, block_in = BLOCKS[x.element_size()]
+    block_c = min(block_c, max(16, triton.next_power_of_2(channels)))
+    block_in = min(block_in, max(16, triton.next_power_of_2(in_channels)))
     if triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c) < MULTIPROCESSORS:
         block_p, block_c = 32, min(32, block_c)
-    block_in = min(64, max(16, triton.next_power_of_2(in_channels)))
-    if x.dtype == torch.float64:  # which fills registers and shared memory sooner
-        block_p, block_c, block_in = 32, min(32, block_c), min(32, block_in)
     with torch.cuda.device_of(x):
         _chain_kernel[(triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c),)](
             x, weight, bias, residual, gate, out, pixels, height, width, in_channels, channels,
             *strides, SIDE=weight.shape[-1], MIRRORED=mirrored, ACTIVATION=activation,
-            BLOCK_P=block_p, BLOCK_C=block_c, BLOCK_IN=block_in,
-            num_warps=WARPS, num_stages=STAGES,
+            PRODUCTS=product_precision(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
+            BLOCK_IN=block_in, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
     return out
 
@@ -236,6 +243,12 @@ def conv_backward_map(
     )  # fmt: skip
 
 
+def _tiles(weight: Tensor, block: tuple[int, int, int]) -> int:
+    """Programs that make the gradient by a weight, for each of the shares of pixels."""
+    channels, in_channels, side, _ = weight.shape
+    return triton.cdiv(channels, block[0]) * triton.cdiv(in_channels, block[1]) * side**2
+
+
 def conv_backward_parameters(
     pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor]
 ) -> list[tuple[Tensor, Tensor]]:
@@ -245,16 +258,13 @@ def conv_backward_parameters(
         pairs: of each, the gradient by its result and its map.
         weights: of each.
     """
-    block_c, block_in, block_p = GRAD_BLOCK
-    tiles = [
-        triton.cdiv(w.shape[0], block_c) * triton.cdiv(w.shape[1], block_in) * w.shape[2] ** 2
-        for w in weights
-    ]
+    blocks = GRAD_BLOCKS[weights[0].element_size()]
     batch, height, width, _ = pairs[0][0].shape
     pixels = batch * height * width
     # Where a weight makes few programs, its pixels are shared by several, which are added up.
-    splits = max(1, min(2 * MULTIPROCESSORS // min(tiles), pixels // GRAD_PIXELS))
-    share = triton.cdiv(triton.cdiv(pixels, splits), block_p) * block_p
+    fewest = min(_tiles(w, blocks[-1]) for w in weights)
+    splits = max(1, min(2 * MULTIPROCESSORS // fewest, pixels // GRAD_PIXELS))
+    share = triton.cdiv(triton.cdiv(pixels, splits), GRAD_UNIT) * GRAD_UNIT
     splits = triton.cdiv(pixels, share)
     sizes = [size for w in weights for size in (w.numel(), len(w))]
     row = sum(sizes)
@@ -262,12 +272,14 @@ def conv_backward_parameters(
     sums = weights[0].new_empty(splits, row, dtype=dtype)
     parts = sums.split(sizes, dim=1)
     for i, ((dout, x), weight) in enumerate(zip(pairs, weights, strict=True)):
+        fitting = (b for b in blocks if _tiles(weight, b) * splits >= MULTIPROCESSORS)
+        block = next(fitting, blocks[-1])
         with torch.cuda.device_of(x):
-            _chain_grad_kernel[(tiles[i], splits)](
+            _chain_grad_kernel[(_tiles(weight, block), splits)](
                 dout, x, parts[2 * i], parts[2 * i + 1], row, pixels, height, width,
                 weight.shape[1], weight.shape[0], share, SIDE=weight.shape[-1],
-                BLOCK_C=block_c, BLOCK_IN=block_in, BLOCK_P=block_p,
-                num_warps=WARPS, num_stages=STAGES,
+                PRODUCTS=product_precision(x.dtype), BLOCK_C=block[0], BLOCK_IN=block[1],
+                BLOCK_P=block[2], num_warps=WARPS, num_stages=STAGES,
             )  # fmt: skip
     total = sums[0]
     if splits > 1:

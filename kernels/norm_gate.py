@@ -42,18 +42,18 @@ def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 1
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """LayerNorm over the last axis of a map in half precision, which autocast would make float32.
+    """LayerNorm over the last axis of a map, in its dtype: autocast would make it float32.
 
-    As `torch.nn.functional.layer_norm`, but for x in bfloat16 or float16: statistics are float32,
-    parameters of any floating dtype, and the result has x's dtype. Differentiable once. For x in
-    float64 it is one kernel in place of two where no gradient is recorded.
+    As `torch.nn.functional.layer_norm`, but for x in bfloat16 or float16 statistics are float32 and
+    parameters of any floating dtype. Where layers run fused kernels (`backends.fused_precision`) it
+    is one of them, differentiable once.
 
     Args:
         x: (..., dim), of any floating dtype.
         weight, bias: (dim,).
         eps: added to the variance.
     """
-    if x.dtype != torch.float32 and x.numel() > 0 and backends.fused_precision(x) is not None:
+    if _runs_own_norm(x):
         return _norm_operator(x.contiguous(), weight.contiguous(), bias.contiguous(), eps)
     if x.dtype not in (torch.bfloat16, torch.float16):
         return F.layer_norm(x, weight.shape, weight, bias, eps)
@@ -66,13 +66,17 @@ def fork_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """x itself and its `layer_norm`: where a residual branch begins.
 
-    In half precision the kernel of the norm's gradient adds the gradient by the first to it.
+    Where it is a fused kernel, that of its gradient adds the gradient by the first to it.
     """
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    compiles = torch.compiler.is_compiling()  # which joins sums with kernels by itself
-    if half and not compiles and x.numel() > 0 and backends.runs_stage_kernels(x.device.type):
+    # A compiler joins sums with kernels by itself.
+    if _runs_own_norm(x) and not torch.compiler.is_compiling():
         return _Fork.apply(x.contiguous(), weight.contiguous(), bias.contiguous(), eps)
     return x, layer_norm(x, weight, bias, eps)
+
+
+def _runs_own_norm(x: Tensor) -> bool:
+    # A float32 map in autocast stays float32, which is then not the precision of the kernels.
+    return x.numel() > 0 and backends.fused_precision(x) == x.dtype
 
 
 class _Fork(torch.autograd.Function):

@@ -29,9 +29,9 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 def project_halves(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """`project` by both halves of a matrix, into two maps.
 
-    In half precision the gradients by x are added inside the second product.
+    Where layers run fused kernels the gradients by x are added inside the second product.
     """
-    dtype = backends.half_precision(x)
+    dtype = backends.fused_precision(x)
     if dtype is None or torch.compiler.is_compiling():
         first, second = weight.chunk(2)
         return project(x, first), project(x, second)
@@ -55,3 +55,30 @@ class _Halves(torch.autograd.Function):
         for dout, half in zip((first, second), dweight.chunk(2), strict=True):
             torch.mm(dout.mT, pixels, out=half)
         return dx.view_as(x), dweight
+
+
+def fork_project(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """x itself and its `project`.
+
+    Where layers run fused kernels, the product that makes the gradient by x adds the gradient by
+    the first result, in its memory: that has to be an operation's argument, one that returns a new
+    gradient which nothing else refers to.
+    """
+    if backends.fused_precision(x) != x.dtype or torch.compiler.is_compiling():
+        return x, project(x, weight)
+    return _Fork.apply(x, weight)
+
+
+class _Fork(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x, F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx, dx, dout):
+        x, weight = ctx.saved_tensors
+        dout = dout.flatten(0, -2)
+        dx = dx.contiguous()
+        dx.view(-1, dx.shape[-1]).addmm_(dout, weight)
+        return dx, dout.mT @ x.flatten(0, -2)

@@ -8,8 +8,7 @@ from kernels.operators import make_differentiable
 
 
 def fuses_window_attention(x: Tensor, window_size: int) -> bool:
-    """Whether `window_attention` is for this map: of whole windows, on a GPU, in half precision, or
-    in float64 where no gradient is recorded.
+    """Whether `window_attention` is for this map: of whole windows, in a precision that fuses.
 
     Args:
         x: (batch, height, width, dim).
@@ -26,9 +25,9 @@ def fuses_window_attention(x: Tensor, window_size: int) -> bool:
 def window_attention(qkv: Tensor, position: Tensor, shift: int) -> Tensor:
     """Multi-head self-attention of the pixels of each window.
 
-    Logits are divided by the root of a head's width. Softmax is float32, or float64. In half
-    precision it is differentiable once in both tensors. The same input gives the same bits every
-    time.
+    Logits are divided by the root of a head's width. Softmax is float32, or float64; the factors of
+    float32 products are rounded to TF32 where PyTorch's settings allow it. But for float64 it is
+    differentiable once in both tensors. The same input gives the same bits every time.
 
     Args:
         qkv: (batch, height, width, 3 * heads * dim): queries, keys and values of all heads, of a

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backends import product_precision
+
 GRAD_PROGRAMS = 264  # about two for each of an H100's multiprocessors
 WARPS = 4
 SUM_ROWS = 16
@@ -60,8 +62,8 @@ def _load_qkv(qkv, o_pixel, i_head, heads, DIM: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
-def _probabilities(b_q, b_k, b_bias, m_hidden, SCALE: tl.constexpr):
-    b_logit = tl.dot(b_q, tl.trans(b_k), input_precision="ieee", out_dtype=b_bias.dtype)
+def _probabilities(b_q, b_k, b_bias, m_hidden, SCALE: tl.constexpr, PRODUCTS: tl.constexpr):
+    b_logit = tl.dot(b_q, tl.trans(b_k), input_precision=PRODUCTS, out_dtype=b_bias.dtype)
     b_logit = b_logit * SCALE + b_bias
     b_logit = tl.where(m_hidden, float("-inf"), b_logit)
     b_p = tl.exp(b_logit - tl.max(b_logit, 1)[:, None])
@@ -79,6 +81,7 @@ def _window_attention_kernel(
     SIDE: tl.constexpr,
     SHIFT: tl.constexpr,
     SCALE: tl.constexpr,
+    PRODUCTS: tl.constexpr,  # see `product_precision`
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -89,8 +92,8 @@ def _window_attention_kernel(
     b_bias = tl.load(position + i_head * WAYS + o_way).to(ACC)
     o_pixel, m_hidden = _window(tl.program_id(0), height, width, SIDE, SHIFT)
     b_q, b_k, b_v, _, m_q = _load_qkv(qkv, o_pixel, i_head, heads, DIM, BLOCK_D)
-    b_p = _probabilities(b_q, b_k, b_bias, m_hidden, SCALE)
-    b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision="ieee", out_dtype=ACC)
+    b_p = _probabilities(b_q, b_k, b_bias, m_hidden, SCALE, PRODUCTS)
+    b_out = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRODUCTS, out_dtype=ACC)
     o_out = o_pixel[:, None] * (heads * DIM) + i_head * DIM + tl.arange(0, BLOCK_D)[None, :]
     tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=m_q)
 
@@ -109,6 +112,7 @@ def _window_attention_grad_kernel(
     SIDE: tl.constexpr,
     SHIFT: tl.constexpr,
     SCALE: tl.constexpr,
+    PRODUCTS: tl.constexpr,  # see `product_precision`
     DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -123,14 +127,14 @@ def _window_attention_grad_kernel(
         b_q, b_k, b_v, o_q, m_q = _load_qkv(qkv, o_pixel, i_head, heads, DIM, BLOCK_D)
         o_out = o_pixel[:, None] * (heads * DIM) + i_head * DIM + tl.arange(0, BLOCK_D)[None, :]
         b_dout = tl.load(dout + o_out, mask=m_q, other=0.0)
-        b_p = _probabilities(b_q, b_k, b_bias, m_hidden, SCALE)
-        b_dv = tl.dot(tl.trans(b_p.to(b_v.dtype)), b_dout, input_precision="ieee")
-        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision="ieee")
+        b_p = _probabilities(b_q, b_k, b_bias, m_hidden, SCALE, PRODUCTS)
+        b_dv = tl.dot(tl.trans(b_p.to(b_v.dtype)), b_dout, input_precision=PRODUCTS)
+        b_dp = tl.dot(b_dout, tl.trans(b_v), input_precision=PRODUCTS)
         b_dlogit = b_p * (b_dp - tl.sum(b_p * b_dp, 1)[:, None])
         b_dbias += b_dlogit
         b_dlogit = (b_dlogit * SCALE).to(b_q.dtype)
-        b_dq = tl.dot(b_dlogit, b_k, input_precision="ieee")
-        b_dk = tl.dot(tl.trans(b_dlogit), b_q, input_precision="ieee")
+        b_dq = tl.dot(b_dlogit, b_k, input_precision=PRODUCTS)
+        b_dk = tl.dot(tl.trans(b_dlogit), b_q, input_precision=PRODUCTS)
         tl.store(dqkv + o_q, b_dq.to(dqkv.dtype.element_ty), mask=m_q)
         tl.store(dqkv + o_q + heads * DIM, b_dk.to(dqkv.dtype.element_ty), mask=m_q)
         tl.store(dqkv + o_q + 2 * heads * DIM, b_dv.to(dqkv.dtype.element_ty), mask=m_q)
@@ -176,6 +180,7 @@ def _launch_arguments(qkv: Tensor, position: Tensor, shift: int):
         "SIDE": side,
         "SHIFT": shift,
         "SCALE": dim**-0.5,
+        "PRODUCTS": product_precision(qkv.dtype),
         "DIM": dim,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)),
         "num_warps": WARPS,

@@ -13,7 +13,7 @@ _NAMES = {nn.ReLU: "relu", nn.GELU: "gelu"}
 class ConvChain(nn.Sequential):
     """Convolutions of stride 1 with kernels of 1x1 or 3x3, and perhaps a ReLU or GELU behind each.
 
-    In half precision on a GPU they run as `kernels.conv_chain`.
+    Where `kernels.fuses_convolutions` holds they run as `kernels.conv_chain`.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -22,7 +22,7 @@ class ConvChain(nn.Sequential):
 
 
 class Conv1x1(nn.Conv2d):
-    """Convolution with a kernel of 1x1, on few pixels in half precision by `kernels.conv_chain`.
+    """Convolution with a kernel of 1x1, on few pixels by `kernels.conv_chain` where that is faster.
 
     The gradient of its bias is then made beside that of its weight. PyTorch takes one more launch
     for it, of the longest.

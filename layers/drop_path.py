@@ -1,5 +1,6 @@
 """Stochastic depth (Huang et al., arXiv:1603.09382)."""
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -25,12 +26,14 @@ class DropPath(nn.Module):
         """Whether it does anything, in the mode it is in."""
         return self.drop_prob > 0 and self.training
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, ...) to the same shape."""
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Map (batch, ...) to the same shape, and add a residual of that shape if there is one."""
         if not self.is_active:
-            return x
+            return x if residual is None else residual + x
         keep = 1 - self.drop_prob
-        return x * x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+        scale = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep).div_(keep)
+        # One pass through memory in place of two.
+        return x * scale if residual is None else torch.addcmul(residual, x, scale)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.drop_prob}"

@@ -141,8 +141,8 @@ class SwinBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x, norm = self.ln1.fork(x.permute(0, 2, 3, 1))
         if self.drop_path.is_active:
-            x, norm = self.ln2.fork(x + self.drop_path(self.msa(norm)))
-            x = x + self.drop_path(self.mlp(norm))
+            x, norm = self.ln2.fork(self.drop_path(self.msa(norm), residual=x))
+            x = self.drop_path(self.mlp(norm), residual=x)
         else:
             x, norm = self.ln2.fork(self.msa(norm, residual=x))
             x = at_each_pixel(self.mlp, norm, residual=x)
@@ -169,7 +169,7 @@ class _ResidualUnit(nn.Module):
 
 
 class _ResidualUnits(ConvChain):
-    """Residual units, and perhaps convolutions behind: one chain in half precision on a GPU."""
+    """Residual units, and perhaps convolutions behind: one chain where those are fused."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, dim, height, width) to the same shape."""

@@ -24,4 +24,4 @@ class VSSBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, norm = self.norm.fork(x.permute(0, 2, 3, 1))
-        return (x + self.drop_path(self.op(norm))).permute(0, 3, 1, 2)
+        return self.drop_path(self.op(norm), residual=x).permute(0, 3, 1, 2)

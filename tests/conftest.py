@@ -101,6 +101,15 @@ def screen(written):
     return [line.rstrip() for line in lines if line.strip()]
 
 
+@pytest.fixture
+def tf32():
+    """PyTorch may round the factors of float32 products to TF32, as train.py lets it on a GPU."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def seed_all(seed):
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 libraries draw from this one

@@ -129,6 +129,35 @@ def test_reference_turns_the_kernels_of_the_stages_off(monkeypatch):
     assert not backends.runs_stage_kernels("cuda")
 
 
+def test_float32_is_fused_in_training_that_may_take_tf32_only(monkeypatch, tf32):
+    monkeypatch.setattr(backends, "runs_stage_kernels", lambda device_type: True)
+    x = torch.empty(1)
+    assert backends.fused_precision(x) == torch.float32
+    with torch.no_grad():
+        assert backends.fused_precision(x) is None
+    for precision in ("highest", "high"):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "highest"):
+            torch.set_float32_matmul_precision(precision)
+            assert backends.fused_precision(x) is None
+            assert backends.product_precision(x.dtype) == "ieee"
+    assert backends.product_precision(torch.float32) == "tf32"
+    assert backends.product_precision(torch.float64) == "ieee"
+
+
+def test_other_precisions_are_fused_whatever_the_settings(monkeypatch):
+    monkeypatch.setattr(backends, "runs_stage_kernels", lambda device_type: True)
+    half, double = torch.empty(1, dtype=torch.float16), torch.empty(1, dtype=torch.float64)
+    assert backends.fused_precision(half) == torch.float16
+    assert backends.fused_precision(double) is None
+    with torch.no_grad():
+        assert backends.fused_precision(double) == torch.float64
+    with torch.autocast("cpu", torch.bfloat16):
+        assert backends.fused_precision(torch.empty(1)) == torch.bfloat16
+        assert backends.fused_precision(half) == torch.float16
+    monkeypatch.setattr(backends, "runs_stage_kernels", lambda device_type: False)
+    assert backends.fused_precision(half) is None
+
+
 @needs_numba
 @pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
 def test_a_compiled_call_runs_what_is_asked_for_at_its_time(backend):

@@ -4,10 +4,18 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from stage_checks import DEVICE, check, needs_kernels, with_gradients
+from stage_checks import (
+    CUDA,
+    DEVICE,
+    TOLERANCE,
+    check,
+    error,
+    needs_kernels,
+    with_gradients,
+)
 
 from kernels import backends, conv_chain, fuses_convolutions, fuses_products
-from layers.conv_chain import at_each_pixel
+from layers.conv_chain import ConvChain, at_each_pixel
 
 pytestmark = needs_kernels
 
@@ -33,7 +41,7 @@ def test_chain_is_pytorchs(case, monkeypatch):
     """In float32: rounded to half precision, some values would pass a ReLU on one side only."""
     shape, layers, activations, skips = CASES[case]
     dtype = torch.float32
-    monkeypatch.setattr(backends, "half_precision", lambda x: dtype)
+    monkeypatch.setattr(backends, "fused_precision", lambda x: dtype)
     x = torch.randn(shape, device=DEVICE).to(dtype)
     weights, biases, width = [], [], shape[1]
     for out, side in layers:
@@ -65,7 +73,7 @@ def test_linear_layers_run_the_kernels(monkeypatch):
     dout = torch.randn(2, 3, 5, 12, device=DEVICE)
     expected = layers(x) + residual
     expected = expected.detach(), torch.autograd.grad(expected, inputs, dout)
-    monkeypatch.setattr(backends, "half_precision", lambda x: x.dtype)
+    monkeypatch.setattr(backends, "fused_precision", lambda x: x.dtype)
     out = at_each_pixel(layers, x, residual)
     check((out.detach(), *torch.autograd.grad(out, inputs, dout)), expected, inputs)
 
@@ -76,7 +84,29 @@ def test_many_pixels_are_left_to_libraries_where_one_product_is_asked_for():
     assert not fuses_products(x.expand(1, 8, 129, 256))
 
 
-def test_only_half_precision_is_taken_over():
+def test_float32_trains_with_the_factors_that_pytorch_may_take(tf32):
+    """Without a ReLU, which rounded sums would pass on the other side."""
+    layers = [nn.Conv2d(40, 33, 3, padding=1), nn.GELU(), nn.Conv2d(33, 4, 3, padding=1)]
+    layers = ConvChain(*layers).to(DEVICE)
+    x = torch.randn(2, 40, 8, 8, device=DEVICE)
+    inputs = [value.requires_grad_() for value in (x, *layers.parameters())]
+    assert fuses_convolutions(x)
+    out = layers(x)
+    dout = torch.randn_like(out)
+    results = out.detach(), *torch.autograd.grad(out, inputs, dout)
+
+    def reference(x, *parameters):
+        first, second = parameters[:2], parameters[2:]
+        return F.conv2d(F.gelu(F.conv2d(x, *first, padding=1)), *second, padding=1)
+
+    expected, gradients = with_gradients(reference, inputs, dout)
+    # TF32 cuts factors to 10 bits of their fraction: by less than 1e-3, twice in each product.
+    tolerance = 2e-3 if CUDA else TOLERANCE[torch.float32]
+    for result, each in zip(results, (expected, *gradients), strict=True):
+        assert error(result, each) < tolerance
+
+
+def test_only_these_precisions_are_taken_over():
     x = torch.randn(1, 8, 4, 4, device=DEVICE)
     assert not fuses_convolutions(x)
     assert not fuses_convolutions(x.double())

@@ -143,7 +143,7 @@ def test_norm_without_a_gate(way, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_fork_adds_both_gradients(way, dtype):
+def test_fork_adds_both_gradients(way, dtype, tf32):
     x, _, weight, bias = make_inputs((37, 33), dtype)
     inputs = [value.requires_grad_() for value in (x, weight, bias)]
     same, norm = fork_layer_norm(*inputs)
@@ -156,6 +156,16 @@ def test_fork_adds_both_gradients(way, dtype):
         return torch.cat((x, F.layer_norm(x, weight.shape, weight, bias)))
 
     check(results, with_gradients(reference, inputs, dout), inputs)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_norm_in_float32_is_fused_in_training_only(way, tf32, trains):
+    x, _, weight, bias = make_inputs((37, 33), torch.float32)
+    with torch.set_grad_enabled(trains), torch.profiler.profile() as profile:
+        layer_norm(x, weight, bias)
+    names = {event.key for event in profile.key_averages()}
+    runs_kernels = backends.runs_stage_kernels(DEVICE)
+    assert ("mambavc::layer_norm" in names) == (trains and runs_kernels)
 
 
 @needs_kernels

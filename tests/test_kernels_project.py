@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import backends, project, project_halves
+from kernels.project import fork_project
 
 MAPS = {
     "dense": lambda: torch.randn(2, 5, 7, 24),
@@ -36,7 +37,7 @@ def test_it_is_a_linear_layer(name):
 @pytest.mark.parametrize("name", ["dense", "slice", "channels first"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_halves_are_two_products(name, fused, monkeypatch):
-    monkeypatch.setattr(backends, "half_precision", lambda x: x.dtype if fused else None)
+    monkeypatch.setattr(backends, "fused_precision", lambda x: x.dtype if fused else None)
     x = MAPS[name]().requires_grad_()
     weight = torch.randn(10, 24, requires_grad=True)
     halves = project_halves(x, weight)
@@ -46,6 +47,25 @@ def test_halves_are_two_products(name, fused, monkeypatch):
     for actual, wanted in zip(
         torch.autograd.grad(halves, (x, weight), dout.chunk(2, dim=-1)),
         torch.autograd.grad(expected, (x, weight), dout),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dense", "slice", "channels first"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_fork_adds_both_gradients(name, fused, monkeypatch):
+    monkeypatch.setattr(backends, "fused_precision", lambda x: x.dtype if fused else None)
+    x = MAPS[name]().requires_grad_()
+    weight = torch.randn(10, 24, requires_grad=True)
+    same, product = fork_project(x, weight)
+    assert torch.equal(same, x)
+    torch.testing.assert_close(product, F.linear(x, weight))
+    expected = F.linear(x, weight).sum() + x.square().sum()
+    found = product.sum() + same.square().sum()
+    for actual, wanted in zip(
+        torch.autograd.grad(found, (x, weight)),
+        torch.autograd.grad(expected, (x, weight)),
         strict=True,
     ):
         torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5)

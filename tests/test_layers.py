@@ -6,8 +6,10 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from stage_checks import CUDA, DEVICE, error, needs_kernels
 
 import kernels
+from kernels import backends
 from layers import SS2D, DropPath, SwinAttentionBlock, SwinBlock, VSSBlock, WindowAttention
 from layers.winograd import WinogradConv2d
 
@@ -78,6 +80,34 @@ def test_swin_blocks_keep_shape():
     assert SwinAttentionBlock(20, 16, head_dim=8, window_size=8).eval()(x).shape == x.shape
 
 
+@needs_kernels
+def test_attention_block_trains_in_float32_as_pytorch_would(monkeypatch, tf32):
+    """Chains, products, norms and window attention together; on a CPU there is no TF32."""
+    block = SwinAttentionBlock(20, 16, head_dim=8, window_size=4).to(DEVICE)
+    x = torch.randn(1, 20, 4, 8, device=DEVICE, requires_grad=True)
+    inputs = [x, *block.parameters()]
+    monkeypatch.setattr(backends, "runs_stage_kernels", lambda device_type: True)
+    fused = block(x)
+    dout = torch.randn_like(fused)
+    gradients = torch.autograd.grad(fused, inputs, dout)
+    with torch.no_grad():
+        inferred = block(x)
+    torch.set_float32_matmul_precision("highest")
+    precise = block(x)
+    monkeypatch.setattr(backends, "runs_stage_kernels", lambda device_type: False)
+    expected = block(x)
+    assert torch.equal(precise, expected)
+    # Rounding, and on a GPU ReLUs that other roundings pass on the other side.
+    tolerance = 1e-2 if CUDA else 1e-5
+    assert 0 < error(fused, expected) < tolerance
+    wanted = torch.autograd.grad(expected, inputs, dout)
+    for gradient, each in zip(gradients, wanted, strict=True):
+        assert error(gradient, each) < 10 * tolerance
+    torch.set_float32_matmul_precision("high")
+    with torch.no_grad():
+        assert torch.equal(inferred, block(x))
+
+
 def test_ss2d_is_the_paper_formula():
     layer = SS2D(16).double()
     u = torch.randn(2, 3, 5, 16, dtype=torch.float64)
@@ -106,7 +136,10 @@ def test_drop_path_draws_the_numbers_that_checkpoints_were_trained_with():
     kept = torch.empty(64, 1, 1).bernoulli_(0.75)
     assert torch.equal(y, x * (kept / 0.75))
     assert 0 < kept.sum() < 64
+    torch.manual_seed(7)
+    assert torch.equal(layer(x, residual=2 * x), torch.addcmul(2 * x, x, kept / 0.75))
     assert layer.eval()(x) is x
+    assert torch.equal(layer(x, residual=2 * x), 3 * x)
     assert DropPath(0.0).train()(x) is x
     with pytest.raises(ValueError, match="below 1, got 1"):
         DropPath(1)
