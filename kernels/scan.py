@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from kernels import backends, scan_operator, scan_reference
-from kernels.project import fork_project
+from kernels.project import fork_project, project
 from kernels.scan_reference import ScanInputs
 
 
@@ -60,7 +60,9 @@ def selective_scan_2d(
     _check(x, x_proj_weight, dt_projs_weight, dt_projs_bias, A_logs, Ds)
     backend = backends.choose_scan(backend, x.device.type)
     # One product for all directions, in image order: it commutes with the orders of the scan.
-    x, x_dbl = fork_project(x, x_proj_weight.flatten(0, 1).to(x.dtype))
+    weight = x_proj_weight.flatten(0, 1).to(x.dtype)
+    # The gradient by x of its own operator is a new tensor; those of other backends need not be.
+    x, x_dbl = fork_project(x, weight) if backend == "triton" else (x, project(x, weight))
     x_dbl = x_dbl.to(x.dtype).unflatten(-1, x_proj_weight.shape[:2])
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if fixed_A:
