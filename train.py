@@ -98,8 +98,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("-lr", "--learning-rate", type=positive_float,
         help="default: 1e-4 for adam, 2e-3 for muon")
     add("--fixed-A", action="store_true",
-        help="leave the scans' A at its first values, which takes a faster kernel (not with "
-        "--compile)")
+        help="leave the scans' A at its first values, to which that of --checkpoint is set back: "
+        "they have a faster kernel (not with --compile)")
     add("--aux-learning-rate", type=positive_float, default=1e-3,
         help="of the entropy bottleneck's quantiles (default: 1e-3)")
     add("--schedule", choices=["multistep", "cosine", "wsd"], default="multistep",
@@ -379,7 +379,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         wanted = {"model": args.model, "N": args.N, "M": args.M, "qualities": args.qualities}
         name, model = state.build_model(wanted, checkpoint, source, processes.device)
         if args.fixed_A:
-            fix_A(model)
+            fix_A(model, reset=checkpoint is not None and not args.continue_train)
         rates = args.learning_rate, args.aux_learning_rate
         optimizers = make_optimizers(model, args.optimizer, *rates)
         flags = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}

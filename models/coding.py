@@ -429,7 +429,7 @@ class Coder:
         symbols = round_z(z, self._tables)
         yield symbols
         slices, dtype = self._path(exact)
-        with _deterministic_arithmetic():
+        with _deterministic_arithmetic(self._device):
             z_hat = dequantise(symbols.values.view(z.shape), self._tables.medians)
             symbols = round_y(y, scaled(z_hat, z_dec).to(dtype), slices, self._tables)
         yield symbols
@@ -451,7 +451,7 @@ class Coder:
         """
         slices, dtype = self._path(exact)
         symbols = symbols.to(self._device, non_blocking=True).unflatten(1, (-1, *shape))
-        with _deterministic_arithmetic():
+        with _deterministic_arithmetic(self._device):
             z_hat = dequantise(symbols, self._tables.medians)
             walk = slices.walk(scaled(z_hat, z_dec).to(dtype))
             step = next(walk)
@@ -459,7 +459,7 @@ class Coder:
             mu, scale = step
             symbols = yield self._tables.indexes(scale)
             symbols = symbols.to(self._device, non_blocking=True)
-            with _deterministic_arithmetic():
+            with _deterministic_arithmetic(self._device):
                 step = walk.send(dequantise(symbols.view(mu.shape), mu))
         y_hat = step.to(self._dtype).contiguous(memory_format=torch.channels_last)
         yield y_hat
@@ -660,8 +660,10 @@ def _exact_convolution(layer: nn.Conv2d) -> nn.Module:
     return _ProductConv2d(layer)
 
 
-def _deterministic_arithmetic() -> contextlib.AbstractContextManager:
+def _deterministic_arithmetic(device: torch.device) -> contextlib.AbstractContextManager:
     """Fixed convolution algorithms without TF32, so that both ends of a stream compute alike."""
+    if device.type != "cuda":  # where tiles are coded in threads, which share these settings
+        return contextlib.nullcontext()
     return torch.backends.cudnn.flags(
         enabled=torch.backends.cudnn.enabled, deterministic=True, benchmark=False, allow_tf32=False
     )

@@ -8,6 +8,7 @@ import torch.nn as nn
 from conftest import SHALLOW
 
 import models
+from layers.ss2d import is_fixed
 from training.optim import (
     Muon,
     first_cooldown_step,
@@ -52,11 +53,14 @@ def test_a_fixed_A_is_left_to_no_optimizer(model):
 
 
 @torch.no_grad()
-def test_an_A_that_was_trained_cannot_be_fixed(model):
+def test_an_A_that_was_trained_is_fixed_on_request_only(model, caplog):
     model = copy.deepcopy(model)
     model.g_s[1].op.A_logs[0, 0] += 1e-4
     with pytest.raises(UsageError, match=r"--fixed-A .* g_s\.1\.op\.A_logs has other values"):
         fix_A(model)
+    fix_A(model, reset=True)
+    assert "A of 1 scans was set back" in caplog.text
+    assert is_fixed(model.g_s[1].op.A_logs)
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 12, 75), (4, 64, 4), (1, 1, 9)])

@@ -1,6 +1,7 @@
 """Optimisers, learning-rate schedules and the split of parameters between them."""
 
 import functools
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -13,6 +14,8 @@ from torch.optim import Adam, Optimizer
 from kernels.graphs import side_by_side
 from layers.ss2d import SS2D, is_fixed
 from utils import UsageError
+
+logger = logging.getLogger("mambavc")
 
 # Parameters of the scan that are stacks of matrices, one for each direction.
 _MATRIX_STACKS = ("x_proj_weight", "dt_projs_weight")
@@ -53,20 +56,31 @@ def split_parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
-def fix_A(model: nn.Module) -> None:
+def fix_A(model: nn.Module, reset: bool = False) -> None:
     """Leave the A of all scans at -(1..dstate), where training starts, which a faster kernel takes.
+
+    Args:
+        reset: set A of other values back to these, and say so.
 
     Raises:
         UsageError: A has other values.
     """
+    moved = 0
     for name, module in model.named_modules():
         if isinstance(module, SS2D):
             if not is_fixed(module.A_logs):
-                raise UsageError(
-                    f"--fixed-A needs A as training starts with it, but {name}.A_logs has other "
-                    "values; leave out --fixed-A, or start from fresh weights"
-                )
+                if not reset:
+                    raise UsageError(
+                        f"--fixed-A needs A as training starts with it, but {name}.A_logs has "
+                        "other values; leave out --fixed-A, or start at step 0"
+                    )
+                first = torch.arange(1, module.A_logs.shape[1] + 1, device=module.A_logs.device)
+                with torch.no_grad():
+                    module.A_logs.copy_(first.log())
+                moved += 1
             module.A_logs.requires_grad_(False)
+    if moved:
+        logger.warning("--fixed-A: A of %d scans was set back to its first values", moved)
 
 
 def make_optimizers(
