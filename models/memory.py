@@ -186,12 +186,12 @@ def available_memory(model: SliceHyperprior, limit: int | None) -> float:
 
 
 def limit_device(device: torch.device, limit: int | None) -> None:
-    """Let PyTorch refuse to take more than so many bytes of a GPU's memory."""
+    """Let PyTorch refuse to take more than so many bytes of the current GPU's memory."""
     if device.type == "cuda" and limit is not None:
         import torch
 
         _, total = torch.cuda.mem_get_info(device)
-        torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device)
+        torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0))
 
 
 def resident_memory() -> int:
