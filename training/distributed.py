@@ -90,12 +90,13 @@ class Processes:
         """Replace tensors of one dtype by their means over all processes."""
         if self.world_size == 1:
             return
-        flat = torch.cat([tensor.flatten() for tensor in tensors])  # one message for all
+        numbers = [_in_memory_order(tensor) for tensor in tensors]
+        flat = torch.cat([each.flatten() for each in numbers])  # one message for all
         dist.all_reduce(flat)
         flat /= self.world_size
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        means = [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
-        torch._foreach_copy_(tensors, means)
+        means = flat.split([each.numel() for each in numbers])
+        means = [part.view(each.shape) for part, each in zip(means, numbers, strict=True)]
+        torch._foreach_copy_(numbers, means)
 
     def sum(self, values: Tensor) -> list[float]:
         """Sum of a vector over all processes."""
@@ -142,3 +143,18 @@ class GlobalDraws(TorchFunctionMode):
         dim = 2 if own.ndim == 3 else 0
         whole = func(torch.cat([own] * self.world_size, dim=dim), *parameters, **kwargs)
         return own.copy_(whole.narrow(dim, self.rank * own.shape[dim], own.shape[dim]))
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """The numbers of a dense tensor as they lie in memory, and any other tensor as it is.
+
+    A kernel copies many vectors at a time, but not tensors of different strides: a convolution's
+    gradient lies channels last.
+    """
+    if tensor.is_contiguous() or tensor.is_contiguous(memory_format=_channels_last(tensor)):
+        return tensor.as_strided((tensor.numel(),), (1,))
+    return tensor
+
+
+def _channels_last(tensor: Tensor) -> torch.memory_format:
+    return torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
