@@ -216,7 +216,7 @@ FAULTS = [
           "without_a_size"),
     Fault("training/log.py", "self._has_originals = True", "pass", TRAIN, "lowers_the_loss"),
     Fault("models/coding.py", "and layer.groups == 1", "", CODING, "any_kind"),
-    Fault("utils.py", "samples.round()", "samples", UTILS, "16_bit"),
+    Fault("utils.py", "+ 128) // 257", ") // 257", UTILS, "16_bit"),
     Fault("utils.py", "x.mul(255).round()", "x.mul(255)", UTILS, "8_bit_samples"),
     Fault("utils.py", "if not x.isfinite().all():", "if False:", UTILS, "no_sample_stands"),
     Fault("utils.py", "return converted,", "return plain,", UTILS, "another_profile"),

@@ -36,6 +36,8 @@ def test_another_file_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("[]")
     with pytest.raises(UsageError, match=r"x\.json is not a file that eval\.py"):
         points.main([str(tmp_path / "x.json")])
+    with pytest.raises(UsageError, match=r"cannot read .*missing\.json: No such file"):
+        points.main([str(tmp_path / "missing.json")])
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows = [[results[k][i] if k in results else None for k in KEYS] for i in points]
             names = [f"{path.stem} at {q:g}" for q in results.get("quality", [])]
             lines = [*zip(names or [path.stem] * len(rows), rows, strict=True)]
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except OSError as error:
+            raise UsageError(f"cannot read {path}: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError, IndexError) as error:
             message = f"{path} is not a file that eval.py --json wrote ({error!r})"
             raise UsageError(message) from None
         for name, values in lines:
