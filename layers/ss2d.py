@@ -111,8 +111,13 @@ class SS2D(nn.Module):
         delta = torch.empty_like(self.dt_projs_bias).uniform_(math.log(DT_MIN), math.log(DT_MAX))
         delta = delta.exp().clamp_(min=DT_FLOOR)
         self.dt_projs_bias.copy_(delta + torch.log(-torch.expm1(-delta)))  # inverse softplus
-        self.A_logs.copy_(torch.arange(1, self.A_logs.shape[1] + 1).log().expand_as(self.A_logs))
+        self.reset_A()
         nn.init.ones_(self.Ds)
+
+    @torch.no_grad()
+    def reset_A(self) -> None:
+        """Set A of every channel to -(1..dstate), for which `is_fixed` holds."""
+        self.A_logs.copy_(torch.arange(1, self.A_logs.shape[1] + 1).log().expand_as(self.A_logs))
 
     def scan_parameters(self) -> tuple[Tensor, ...]:
         """What `kernels.selective_scan_2d` takes after the map, in its order."""

@@ -151,10 +151,7 @@ def _in_memory_order(tensor: Tensor) -> Tensor:
     A kernel copies many vectors at a time, but not tensors of different strides: a convolution's
     gradient lies channels last.
     """
-    if tensor.is_contiguous() or tensor.is_contiguous(memory_format=_channels_last(tensor)):
+    formats = [torch.contiguous_format] + [torch.channels_last] * (tensor.dim() == 4)
+    if any(tensor.is_contiguous(memory_format=each) for each in formats):
         return tensor.as_strided((tensor.numel(),), (1,))
     return tensor
-
-
-def _channels_last(tensor: Tensor) -> torch.memory_format:
-    return torch.channels_last if tensor.dim() == 4 else torch.contiguous_format

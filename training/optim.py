@@ -74,9 +74,7 @@ def fix_A(model: nn.Module, reset: bool = False) -> None:
                         f"--fixed-A needs A as training starts with it, but {name}.A_logs has "
                         "other values; leave out --fixed-A, or start at step 0"
                     )
-                first = torch.arange(1, module.A_logs.shape[1] + 1, device=module.A_logs.device)
-                with torch.no_grad():
-                    module.A_logs.copy_(first.log())
+                module.reset_A()
                 moved += 1
             module.A_logs.requires_grad_(False)
     if moved:
