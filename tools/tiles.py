@@ -208,7 +208,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
         for megapixels in args.megapixels:
             image = large_picture(files, megapixels)
             image.save(picture, compress_level=1)
-            x, y = image.width // 2 + 37, image.height // 2 + 53
+            x = min(image.width // 2 + 37, image.width - side)  # across tiles, where there are any
+            y = min(image.height // 2 + 53, image.height - side)
             del image
             row = {"megapixels": megapixels}
             row["encode"] = run_codec("encode", picture, coded, *common, *rate, *limit)
