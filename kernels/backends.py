@@ -90,6 +90,14 @@ def runs_stage_kernels(device_type: str) -> bool:
     return _meaning_of_auto() != "reference" and _why_not("triton", device_type) is None
 
 
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a product with a map: its own, or autocast's for a float32 map."""
+    device_type = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return x.dtype
+
+
 def fused_precision(x: Tensor) -> torch.dtype | None:
     """The dtype in which layers run their fused kernels for a map; None where PyTorch runs its own.
 
@@ -98,9 +106,7 @@ def fused_precision(x: Tensor) -> torch.dtype | None:
     to compute to the last bit as it always has is left to it: float32 in inference, and with
     PyTorch's default settings.
     """
-    dtype, device_type = x.dtype, x.device.type
-    if dtype == torch.float32 and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = working_dtype(x)
     if dtype == torch.float32:
         # A compiler, which cannot trace the question, joins PyTorch's small kernels by itself.
         compiles = torch.compiler.is_compiling()
@@ -109,7 +115,7 @@ def fused_precision(x: Tensor) -> torch.dtype | None:
         fuses = not torch.is_grad_enabled()
     else:
         fuses = dtype in (torch.bfloat16, torch.float16)
-    return dtype if fuses and runs_stage_kernels(device_type) else None
+    return dtype if fuses and runs_stage_kernels(x.device.type) else None
 
 
 def product_precision(dtype: torch.dtype) -> str:

@@ -42,23 +42,25 @@ def norm_gate(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float = 1
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
-    """LayerNorm over the last axis of a map, in its dtype: autocast would make it float32.
+    """LayerNorm over the last axis of a map, in the dtype of what follows.
 
-    As `torch.nn.functional.layer_norm`, but for x in bfloat16 or float16 statistics are float32 and
-    parameters of any floating dtype. Where layers run fused kernels (`backends.fused_precision`) it
-    is one of them, differentiable once.
+    As `torch.nn.functional.layer_norm`, but for x in bfloat16 or float16, which autocast would make
+    float32, and for float32 x in autocast the result has that half precision
+    (`backends.working_dtype`); statistics are float32 and parameters of any floating dtype. Where
+    layers run fused kernels (`backends.fused_precision`) it is one of them, differentiable once.
 
     Args:
         x: (..., dim), of any floating dtype.
         weight, bias: (dim,).
         eps: added to the variance.
     """
+    dtype = backends.working_dtype(x)
     if _runs_own_norm(x):
-        return _norm_operator(x.contiguous(), weight.contiguous(), bias.contiguous(), eps)
-    if x.dtype not in (torch.bfloat16, torch.float16):
+        return _norm_operator(x.contiguous(), weight.contiguous(), bias.contiguous(), eps, dtype)
+    if dtype not in (torch.bfloat16, torch.float16):
         return F.layer_norm(x, weight.shape, weight, bias, eps)
     with torch.autocast(x.device.type, enabled=False):
-        return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(x.dtype)
+        return F.layer_norm(x.float(), weight.shape, weight.float(), bias.float(), eps).to(dtype)
 
 
 def fork_layer_norm(
@@ -75,8 +77,7 @@ def fork_layer_norm(
 
 
 def _runs_own_norm(x: Tensor) -> bool:
-    # A float32 map in autocast stays float32, which is then not the precision of the kernels.
-    return x.numel() > 0 and backends.fused_precision(x) == x.dtype
+    return x.numel() > 0 and backends.fused_precision(x) is not None
 
 
 class _Fork(torch.autograd.Function):
@@ -86,7 +87,7 @@ class _Fork(torch.autograd.Function):
 
         ctx.save_for_backward(x, weight, bias)
         ctx.eps = eps
-        return x, norm_gate_forward(x, None, weight, bias, eps)
+        return x, norm_gate_forward(x, None, weight, bias, eps, backends.working_dtype(x))
 
     @staticmethod
     def backward(ctx, dx, dout):
@@ -141,15 +142,17 @@ def _backward_operator(
 
 
 @torch.library.custom_op("mambavc::layer_norm", mutates_args=())
-def _norm_operator(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _norm_operator(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
     from kernels.norm_gate_triton import norm_gate_forward
 
-    return norm_gate_forward(x, None, weight, bias, eps)
+    return norm_gate_forward(x, None, weight, bias, eps, dtype)
 
 
 @torch.library.custom_op("mambavc::layer_norm_backward", mutates_args=())
 def _norm_backward_operator(
-    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
+    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     from kernels.norm_gate_triton import norm_gate_backward
 
@@ -158,4 +161,9 @@ def _norm_backward_operator(
 
 
 make_differentiable("norm_gate")
-make_differentiable("layer_norm")
+make_differentiable(
+    "layer_norm",
+    lambda x, weight, bias, eps, dtype: torch.empty_like(
+        x, dtype=dtype, memory_format=torch.contiguous_format
+    ),
+)

@@ -138,10 +138,18 @@ def _grid(y: Tensor):
 
 
 def norm_gate_forward(
-    y: Tensor, z: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    y: Tensor,
+    z: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """LayerNorm(y) * SiLU(z), or LayerNorm(y), over the last axis of contiguous maps."""
-    out = torch.empty_like(y)
+    """LayerNorm(y) * SiLU(z), or LayerNorm(y), over the last axis of contiguous maps.
+
+    The result has y's dtype, or another that is given.
+    """
+    out = torch.empty_like(y, dtype=dtype)
     rows, tiles, block = _grid(y)
     with torch.cuda.device_of(y):
         _norm_gate_kernel[(min(tiles, PROGRAMS),)](

@@ -1,4 +1,4 @@
-"""LayerNorm that keeps the dtype of its map."""
+"""LayerNorm in the dtype of what follows it."""
 
 import torch.nn as nn
 from torch import Tensor
@@ -10,7 +10,7 @@ class LayerNorm(nn.LayerNorm):
     """`torch.nn.LayerNorm` over the last axis, in autocast too without copies in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (..., dim) to the same shape and dtype."""
+        """Map (..., dim) to the same shape; for its dtype see `kernels.layer_norm`."""
         return kernels.layer_norm(x, self.weight, self.bias, self.eps)
 
     def fork(self, x: Tensor) -> tuple[Tensor, Tensor]:

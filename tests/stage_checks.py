@@ -35,10 +35,13 @@ def with_gradients(function, inputs, dout):
     return out.detach(), torch.autograd.grad(out, inputs, dout.double())
 
 
-def check(results, expected, inputs):
-    """Compare an output and its gradients, each at the precision of its dtype."""
+def check(results, expected, inputs, dtype=None):
+    """Compare an output, of the first input's dtype or another, and its gradients.
+
+    Each at the precision of its dtype.
+    """
     out, gradients = results[0], results[1:]
-    assert out.dtype == inputs[0].dtype
+    assert out.dtype == (dtype or inputs[0].dtype)
     assert error(out, expected[0]) < TOLERANCE[out.dtype]
     for gradient, reference, value in zip(gradients, expected[1], inputs, strict=True):
         assert gradient.shape == value.shape and gradient.dtype == value.dtype
