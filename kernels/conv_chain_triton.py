@@ -18,13 +18,17 @@ from torch import Tensor
 from kernels.backends import product_precision
 from kernels.sum_triton import sum_parts
 
-MULTIPROCESSORS = 132  # an H100's; blocks are made small enough that about as many programs run
+PROGRAMS = 128  # blocks are made small enough for as many, about one for each multiprocessor
 # Pixels, output channels and, at a time, input channels of a program, by the bytes of a number: a
-# multiprocessor has shared memory for several programs.
-BLOCKS = {2: (64, 64, 64), 4: (64, 64, 32), 8: (32, 32, 32)}
-# Output channels, input channels and, at a time, pixels of a program of the gradient by a weight:
-# the first that is small enough for as many programs as multiprocessors, or the last.
-GRAD_BLOCKS = {2: [(32, 32, 64)], 4: [(64, 64, 32), (32, 32, 64)]}
+# multiprocessor has shared memory for several programs. The first of which there are enough.
+BLOCKS = {
+    2: [(64, 64, 64), (32, 32, 64)],
+    4: [(64, 128, 32), (64, 64, 32), (32, 32, 32)],
+    8: [(32, 32, 32)],
+}
+# Output channels, input channels and, at a time, pixels of a program of the gradient by a weight.
+GRAD_BLOCK = 32, 32, 64
+GRAD_PROGRAMS = 264  # wanted
 GRAD_PIXELS = 256  # fewest pixels of such a program,
 GRAD_UNIT = 64  # and what their number is a multiple of
 WARPS, STAGES = 4, 4
@@ -130,7 +134,6 @@ def _chain_grad_kernel(
     channels,
     share,  # pixels of a split
     SIDE: tl.constexpr,
-    PRODUCTS: tl.constexpr,  # see `product_precision`
     BLOCK_C: tl.constexpr,
     BLOCK_IN: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -155,7 +158,7 @@ def _chain_grad_kernel(
         o_from, m_from = _taps_pixels(o_p, m_p, tap, height, width, SIDE)
         p_x = x + o_from.to(tl.int64)[:, None] * in_channels + o_in[None, :]
         b_x = tl.load(p_x, mask=m_from[:, None] & m_in[None, :], other=0.0)
-        b_dweight = tl.dot(tl.trans(b_dout), b_x, b_dweight, input_precision=PRODUCTS)
+        b_dweight = tl.dot(tl.trans(b_dout), b_x, b_dweight)
         b_dbias += b_dout.to(tl.float32)
     o_split = tl.program_id(1).to(tl.int64) * row
     p_dweight = dweight + o_split + (o_c[:, None] * (SIDE * SIDE) + tap) * in_channels
@@ -172,6 +175,7 @@ def _convolve(
     x: Tensor,
     weight: Tensor,
     channels: int,
+    side: int,
     strides: tuple[int, int, int],
     *,
     bias: Tensor | None = None,
@@ -183,15 +187,16 @@ def _convolve(
     batch, height, width, in_channels = x.shape
     out = x.new_empty(batch, height, width, channels)
     pixels = batch * height * width
-    block_p, block_c, block_in = BLOCKS[x.element_size()]
-    block_c = min(block_c, max(16, triton.next_power_of_2(channels)))
-    block_in = min(block_in, max(16, triton.next_power_of_2(in_channels)))
-    if triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c) < MULTIPROCESSORS:
-        block_p, block_c = 32, min(32, block_c)
+    for block_p, block_c, block_in in BLOCKS[x.element_size()]:
+        block_c = min(block_c, max(16, triton.next_power_of_2(channels)))
+        block_in = min(block_in, max(16, triton.next_power_of_2(in_channels)))
+        programs = triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c)
+        if programs >= PROGRAMS:
+            break
     with torch.cuda.device_of(x):
-        _chain_kernel[(triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c),)](
+        _chain_kernel[(programs,)](
             x, weight, bias, residual, gate, out, pixels, height, width, in_channels, channels,
-            *strides, SIDE=weight.shape[-1], MIRRORED=mirrored, ACTIVATION=activation,
+            *strides, SIDE=side, MIRRORED=mirrored, ACTIVATION=activation,
             PRODUCTS=product_precision(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
             BLOCK_IN=block_in, num_warps=WARPS, num_stages=STAGES,
         )  # fmt: skip
@@ -214,7 +219,7 @@ def conv_forward(
     has_gate = activation == "gelu" and x.dtype != torch.float64  # which has no gradients
     gate = x.new_empty(*x.shape[:3], channels) if has_gate else None
     out = _convolve(
-        x, weight, channels, strides,
+        x, weight, channels, side, strides,
         bias=bias, residual=residual, gate=gate, activation=activation,
     )  # fmt: skip
     return out, out if activation == "relu" else gate
@@ -234,19 +239,42 @@ def conv_backward_map(
         activation, gate: of the map, see `conv_forward`; None for the gradient by the map.
         residual: another gradient by the map, or None.
     """
-    _, in_channels, side, _ = weight.shape
+    channels, in_channels, side, _ = weight.shape
     strides = 1, side * side * in_channels, in_channels
+    if weight.dtype == torch.float32:
+        # The units that multiply TF32 read both factors along the channels that are summed over.
+        weight = weight.permute(1, 2, 3, 0).contiguous()
+        strides = side * side * channels, 1, channels
     return _convolve(
-        dout, weight, in_channels, strides,
+        dout, weight, in_channels, side, strides,
         residual=residual, gate=gate, activation=activation and f"{activation} gradient",
         mirrored=True,
     )  # fmt: skip
 
 
-def _tiles(weight: Tensor, block: tuple[int, int, int]) -> int:
+def _tiles(weight: Tensor) -> int:
     """Programs that make the gradient by a weight, for each of the shares of pixels."""
     channels, in_channels, side, _ = weight.shape
-    return triton.cdiv(channels, block[0]) * triton.cdiv(in_channels, block[1]) * side**2
+    return triton.cdiv(channels, GRAD_BLOCK[0]) * triton.cdiv(in_channels, GRAD_BLOCK[1]) * side**2
+
+
+def _library_gradients(dout: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients by weight and bias of a convolution: see `conv_backward_parameters`."""
+    pixels, side = dout.flatten(0, 2), weight.shape[-1]
+    if side == 1:
+        dweight = (pixels.mT @ x.flatten(0, 2))[:, :, None, None]
+    else:
+        images = (each.permute(0, 3, 1, 2) for each in (dout, x))
+        deterministic = torch.backends.cudnn.deterministic
+        torch.backends.cudnn.deterministic = True
+        try:
+            _, dweight, _ = torch.ops.aten.convolution_backward(
+                *images, weight, None, [1, 1], [side // 2] * 2, [1, 1], False, [0, 0], 1,
+                [False, True, False],
+            )  # fmt: skip
+        finally:
+            torch.backends.cudnn.deterministic = deterministic
+    return dweight, pixels.sum(0)
 
 
 def conv_backward_parameters(
@@ -258,12 +286,15 @@ def conv_backward_parameters(
         pairs: of each, the gradient by its result and its map.
         weights: of each.
     """
-    blocks = GRAD_BLOCKS[weights[0].element_size()]
+    if weights[0].dtype == torch.float32:
+        # Both factors of these products lie along what is not summed over, and would have to be
+        # turned for the units that multiply TF32: libraries do that better.
+        return [_library_gradients(*pair, w) for pair, w in zip(pairs, weights, strict=True)]
     batch, height, width, _ = pairs[0][0].shape
     pixels = batch * height * width
     # Where a weight makes few programs, its pixels are shared by several, which are added up.
-    fewest = min(_tiles(w, blocks[-1]) for w in weights)
-    splits = max(1, min(2 * MULTIPROCESSORS // fewest, pixels // GRAD_PIXELS))
+    fewest = min(map(_tiles, weights))
+    splits = max(1, min(GRAD_PROGRAMS // fewest, pixels // GRAD_PIXELS))
     share = triton.cdiv(triton.cdiv(pixels, splits), GRAD_UNIT) * GRAD_UNIT
     splits = triton.cdiv(pixels, share)
     sizes = [size for w in weights for size in (w.numel(), len(w))]
@@ -272,14 +303,12 @@ def conv_backward_parameters(
     sums = weights[0].new_empty(splits, row, dtype=dtype)
     parts = sums.split(sizes, dim=1)
     for i, ((dout, x), weight) in enumerate(zip(pairs, weights, strict=True)):
-        fitting = (b for b in blocks if _tiles(weight, b) * splits >= MULTIPROCESSORS)
-        block = next(fitting, blocks[-1])
         with torch.cuda.device_of(x):
-            _chain_grad_kernel[(_tiles(weight, block), splits)](
+            _chain_grad_kernel[(_tiles(weight), splits)](
                 dout, x, parts[2 * i], parts[2 * i + 1], row, pixels, height, width,
                 weight.shape[1], weight.shape[0], share, SIDE=weight.shape[-1],
-                PRODUCTS=product_precision(x.dtype), BLOCK_C=block[0], BLOCK_IN=block[1],
-                BLOCK_P=block[2], num_warps=WARPS, num_stages=STAGES,
+                BLOCK_C=GRAD_BLOCK[0], BLOCK_IN=GRAD_BLOCK[1], BLOCK_P=GRAD_BLOCK[2],
+                num_warps=WARPS, num_stages=STAGES,
             )  # fmt: skip
     total = sums[0]
     if splits > 1:
