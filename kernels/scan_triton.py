@@ -48,7 +48,7 @@ from kernels.sum_triton import sum_parts
 
 # Programs per launch, a whole number of waves on the 132 multiprocessors of a Hopper GPU. They
 # are constants, not read from the device, so that the same input gives the same bits on any.
-FORWARD_PROGRAMS = 2112
+FORWARD_PROGRAMS = 1584
 BACKWARD_PROGRAMS = 1056
 # Warps of a program and channels of a thread, where the number of channels is a multiple of both.
 FORWARD_WARPS, FORWARD_CHANNELS = 1, 2
@@ -263,9 +263,9 @@ def _strip_chunks(inputs: ScanInputs) -> tuple[Strip, int, int, int]:
     """Where A is fixed: constants of the backward walks, directions at once, size and number of
     chunks."""
     batch, height, width, dim = inputs.x.shape
-    strip = _strip_options(
-        dim, inputs.dstate, inputs.dt_rank, tl.float32, STRIP_CHANNELS, STRIP_GROUP
-    )
+    # A compiler's symbolic sizes become numbers, which a cache can hold.
+    sizes = map(int, (dim, inputs.dstate, inputs.dt_rank))
+    strip = _strip_options(*sizes, tl.float32, STRIP_CHANNELS, STRIP_GROUP)
     directions = _directions(inputs.x)
     programs = triton.cdiv(dim, 32 * strip.CHANNELS) * batch * directions
     return strip, directions, *_chunks(height * width, programs, STRIP_PROGRAMS, STRIP_UNIT)
@@ -379,7 +379,8 @@ def scan_2d_backward(
     Directions are taken one after the other, but together on small maps. Besides the results it
     allocates, in float32 and at a state size of 16, about 2.7 times x: delta, two thirds of x for
     states, and the partial sums of the gradients by B and C. With A fixed, the same for one more
-    map in place of the states, and a quarter to a half of the partial sums.
+    map in place of the states, and a quarter to a half of the partial sums; delta then has 16 bits
+    where x has.
 
     Args:
         dy: (batch, height, width, dim), contiguous, in the dtype of x.
@@ -418,7 +419,14 @@ def scan_2d_backward(
     def buffer(*shape):
         return x.new_empty(shape, dtype=accumulator)
 
-    delta = buffer(directions, batch, height, width, dim)
+    delta_shape = directions, batch, height, width, dim
+    if fixed_A and x.element_size() == 2:
+        # What a pixel hands over from walk to walk is most of what they wait for. Delta, of which
+        # exponentials are taken, gets the dtype with more bits, its gradient that of more range.
+        delta = x.new_empty(delta_shape, dtype=torch.float16)
+        dz = delta.view(torch.bfloat16)
+    else:
+        delta = dz = buffer(*delta_shape)
     *states, adjoints = buffer(2 - has_states, directions, batch, num_chunks, dstate, dim)
     delta_sums = buffer(directions, batch, num_chunks, dim)
     # The partial sums of dW come when what the walks hand over is done with.
@@ -465,7 +473,7 @@ def scan_2d_backward(
                     DIRECTIONS=directions, META=strip, num_warps=1, maxnreg=STRIP_REGISTERS,
                 )  # fmt: skip
                 adjoint_walk_kernel[grid](
-                    dy, x, x_dbl, Ds, delta, entered, adjoints, walked, dx_sum, dx, dBC_parts,
+                    dy, x, x_dbl, Ds, delta, dz, entered, adjoints, walked, dx_sum, dx, dBC_parts,
                     *sizes, k, DIRECTIONS=directions, **ends, META=strip, num_warps=1,
                     maxnreg=STRIP_REGISTERS,
                 )  # fmt: skip
@@ -476,7 +484,7 @@ def scan_2d_backward(
                     **ends, META=sweep, num_warps=1,
                 )  # fmt: skip
             projection_kernel[(num_tiles, directions)](
-                delta, x_dbl, dt_projs_weight, dBC_parts, dx_dbl, dW_parts, dbias_parts,
+                dz, x_dbl, dt_projs_weight, dBC_parts, dx_dbl, dW_parts, dbias_parts,
                 batch * length, k, DIM=dim, DSTATE=dstate, RANK=rank,
                 CHANNELS=channels, PADDED_DSTATE=walk.PADDED_DSTATE,
                 PADDED_RANK=max(16, walk.PADDED_RANK), PIXELS=pixels, NUM_PARTS=num_parts,

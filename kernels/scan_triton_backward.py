@@ -43,6 +43,8 @@ from kernels.scan_triton_parts import (
     zeros_like,
 )
 
+LARGEST_HALF = tl.constexpr(65504.0)
+
 
 @jit(do_not_specialize=SIZES)
 def adjoint_state_kernel(
@@ -52,7 +54,7 @@ def adjoint_state_kernel(
     dt_projs_weight,  # (4, DIM, RANK)
     dt_projs_bias,  # (4, DIM)
     A_logs,  # (4 * DIM, DSTATE)
-    delta,  # (DIRECTIONS, batch, height, width, DIM)
+    delta,  # (DIRECTIONS, batch, height, width, DIM), perhaps in float16
     states,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM), of which chunk i + 1 is written, if any
     adjoints,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM), of which chunk i - 1 is written
     delta_sums,  # (DIRECTIONS, batch, num_chunks, DIM)
@@ -150,7 +152,11 @@ def adjoint_state_kernel(
             else:
                 b_P = b_P * b_a
                 b_G = b_P * (b_C * b_dy[None, :]) + b_G
-            gl.store(p_delta + o_pixels[t] * META.DIM, b_delta, mask=both(m_c, is_inside))
+            if delta.dtype.element_ty == gl.float16:
+                b_kept = gl.minimum(b_delta, LARGEST_HALF).to(gl.float16)
+            else:
+                b_kept = b_delta
+            gl.store(p_delta + o_pixels[t] * META.DIM, b_kept, mask=both(m_c, is_inside))
             if WITH_DD:
                 b_dD += b_xs[t] * b_dy
         o_pixels = o_nexts
@@ -573,7 +579,7 @@ def projection_kernel(
         p_W = dt_projs_weight + (k * DIM + o_c)[:, None] * RANK + o_r[None, :]
         b_W = tl.load(p_W, mask=m_cr, other=0.0).to(ACC)  # [CH, R]
         p_dz = dz + (i_k * num_rows.to(tl.int64) + o_p[:, None]) * DIM + o_c[None, :]
-        b_dz = tl.load(p_dz, mask=m_p[:, None] & m_c[None, :], other=0.0)  # [PIXELS, CH]
+        b_dz = tl.load(p_dz, mask=m_p[:, None] & m_c[None, :], other=0.0).to(ACC)  # [PIXELS, CH]
         b_dr += _dot(b_dz, b_W)
         o_part = (i_k * tl.num_programs(0) + i_p).to(tl.int64) * DIM + o_c
         b_dW = _dot(tl.trans(b_dz), b_r)

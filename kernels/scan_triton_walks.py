@@ -179,9 +179,9 @@ def state_walk_kernel(
     b_weights = (o_n + 1)[:, None, None].to(META.ACC)
     o_image = i_b * length * DIM
     p_BC = x_dbl + i_b * length * (4 * ROW) + k * ROW + META.RANK
-    p_row = delta + i_row * length * DIM + o_c
-    pointers = (p_BC, x + o_image + o_c, dy + o_image + o_c, p_row)
-    p_recalled = recalled + i_row * length * DIM + o_c
+    o_row = i_row * length * DIM + o_c
+    pointers = (p_BC, x + o_image + o_c, dy + o_image + o_c, delta + o_row)
+    p_recalled = recalled + o_row
     p_dC = dBC_parts + (i_block * gl.num_programs(2) + i_row) * length * (2 * DSTATE) + DSTATE
     Bs = SharedMemory(META.ACC, [META.PADDED_DSTATE, STEPS], META.SHARED)
     Cs = SharedMemory(META.ACC, [META.PADDED_DSTATE, STEPS], META.SHARED)
@@ -219,8 +219,8 @@ def adjoint_walk_kernel(
     x,  # (batch, height, width, DIM)
     x_dbl,  # (batch, height, width, 4, RANK + 2 * DSTATE)
     Ds,  # (4 * DIM)
-    delta,  # (DIRECTIONS, batch, height, width, DIM), replaced by the gradient of what is before
-    # its softplus
+    delta,  # (DIRECTIONS, batch, height, width, DIM)
+    dz,  # the gradient of what is before delta's softplus, which it replaces: the same memory
     states,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM): on entering each chunk
     adjoints,  # (DIRECTIONS, batch, num_chunks, DSTATE, DIM): on entering each chunk from behind
     recalled,  # (DIRECTIONS, batch, height, width, DIM)
@@ -268,10 +268,11 @@ def adjoint_walk_kernel(
     b_weights = (o_n + 1)[:, None, None].to(META.ACC)
     o_image = i_b * length * DIM
     p_BC = x_dbl + i_b * length * (4 * ROW) + k * ROW + META.RANK
-    p_delta = delta + i_row * length * DIM + o_c
-    pointers = (p_BC, x + o_image + o_c, dy + o_image + o_c, p_delta)
-    p_recalled = recalled + i_row * length * DIM + o_c
-    p_dx_sum = dx_sum + i_row * length * DIM + o_c
+    o_row = i_row * length * DIM + o_c
+    p_dz = dz + o_row
+    pointers = (p_BC, x + o_image + o_c, dy + o_image + o_c, delta + o_row)
+    p_recalled = recalled + o_row
+    p_dx_sum = dx_sum + o_row
     p_dx = dx + o_image + o_c
     p_dB = dBC_parts + (i_block * gl.num_programs(2) + i_row) * length * (2 * DSTATE)
     if BEGINS:
@@ -328,7 +329,7 @@ def adjoint_walk_kernel(
                 b_dx += b_dxs[t]
             m_t = both(m_c, i + t < count)
             o_pixel = o_pixels[t] * DIM
-            gl.store(p_delta + o_pixel, b_dz, mask=m_t)
+            gl.store(p_dz + o_pixel, b_dz.to(dz.dtype.element_ty), mask=m_t)
             if ENDS:
                 gl.store(p_dx + o_pixel, b_dx.to(dx.dtype.element_ty), mask=m_t)
             else:

@@ -110,11 +110,8 @@ def check_forward(scan, shape, dtype=torch.float32):
     assert error(scan.scan_2d_forward(inputs, fixed_A=True), y) < forward_tolerance
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_fixed_A(scan, shape):
-    check_forward(scan, shape)
-    inputs, dy = make_inputs(shape)
-    A_logs = torch.arange(1, inputs.dstate + 1, device=DEVICE).log().expand_as(inputs.A_logs)
+def check_fixed_A(scan, inputs, dy):
+    A_logs = torch.arange(1, inputs.dstate + 1).to(inputs.A_logs).log().expand_as(inputs.A_logs)
     _, gradients = expected(inputs._replace(A_logs=A_logs), dy)
     inputs = inputs._replace(A_logs=torch.full_like(A_logs, torch.nan))
     results = scan.scan_2d_backward(dy, inputs, True)
@@ -123,6 +120,21 @@ def test_fixed_A(scan, shape):
             assert result.shape == (0,)
         else:
             assert error(result, truth) < TOLERANCE[dy.dtype][1], name
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fixed_A(scan, shape):
+    check_forward(scan, shape)
+    check_fixed_A(scan, *make_inputs(shape))
+
+
+@pytest.mark.parametrize("bias", [-12.0, -3.0, 400.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fixed_A_of_16_bit_maps(scan, monkeypatch, dtype, bias):
+    """Delta has 16 bits then, too: of 6e-6, of 0.05 and of 400."""
+    monkeypatch.setattr(scan, "SMALL_MAP", 0 if dtype == torch.bfloat16 else 1 << 20)
+    inputs, dy = make_inputs((1, 2, 3, 32, 4), dtype)
+    check_fixed_A(scan, inputs._replace(dt_projs_bias=inputs.dt_projs_bias + 3 + bias), dy)
 
 
 @pytest.mark.parametrize("one_pass", [False, True], ids=["chunks", "one-pass"])
