@@ -19,19 +19,21 @@ from kernels.backends import product_precision
 from kernels.sum_triton import sum_parts
 
 PROGRAMS = 128  # blocks are made small enough for as many, about one for each multiprocessor
-# Pixels, output channels and, at a time, input channels of a program, by the bytes of a number: a
-# multiprocessor has shared memory for several programs. The first of which there are enough.
+# Pixels, output channels and, at a time, input channels of a program, and how many of the latter
+# are on their way at once, by the bytes of a number: a multiprocessor has shared memory for several
+# programs. The first of which there are enough.
 BLOCKS = {
-    2: [(64, 64, 64), (32, 32, 64)],
-    4: [(64, 128, 32), (64, 64, 32), (32, 32, 32)],
-    8: [(32, 32, 32)],
+    2: [(64, 128, 64, 3), (64, 64, 64, 4), (32, 32, 64, 4)],
+    4: [(64, 128, 32, 4), (64, 64, 32, 4), (32, 32, 32, 4)],
+    8: [(32, 32, 32, 4)],
 }
 # Output channels, input channels and, at a time, pixels of a program of the gradient by a weight.
 GRAD_BLOCK = 32, 32, 64
-GRAD_PROGRAMS = 264  # wanted
+GRAD_PROGRAMS = 264  # wanted of a weight that makes fewer
 GRAD_PIXELS = 256  # fewest pixels of such a program,
 GRAD_UNIT = 64  # and what their number is a multiple of
-WARPS, STAGES = 4, 4
+GRAD_STAGES = 4
+WARPS = 4
 
 
 @triton.jit
@@ -187,18 +189,18 @@ def _convolve(
     batch, height, width, in_channels = x.shape
     out = x.new_empty(batch, height, width, channels)
     pixels = batch * height * width
-    for block_p, block_c, block_in in BLOCKS[x.element_size()]:
+    for block_p, block_c, block_in, stages in BLOCKS[x.element_size()]:
         block_c = min(block_c, max(16, triton.next_power_of_2(channels)))
         block_in = min(block_in, max(16, triton.next_power_of_2(in_channels)))
         programs = triton.cdiv(pixels, block_p) * triton.cdiv(channels, block_c)
+        block = {"BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_IN": block_in, "num_stages": stages}
         if programs >= PROGRAMS:
             break
     with torch.cuda.device_of(x):
         _chain_kernel[(programs,)](
             x, weight, bias, residual, gate, out, pixels, height, width, in_channels, channels,
             *strides, SIDE=side, MIRRORED=mirrored, ACTIVATION=activation,
-            PRODUCTS=product_precision(x.dtype), BLOCK_P=block_p, BLOCK_C=block_c,
-            BLOCK_IN=block_in, num_warps=WARPS, num_stages=STAGES,
+            PRODUCTS=product_precision(x.dtype), num_warps=WARPS, **block,
         )  # fmt: skip
     return out
 
@@ -293,29 +295,33 @@ def conv_backward_parameters(
     batch, height, width, _ = pairs[0][0].shape
     pixels = batch * height * width
     # Where a weight makes few programs, its pixels are shared by several, which are added up.
-    fewest = min(map(_tiles, weights))
+    tiles = [_tiles(weight) for weight in weights]
+    split = [i for i, count in enumerate(tiles) if count < GRAD_PROGRAMS]
+    fewest = min((tiles[i] for i in split), default=GRAD_PROGRAMS)
     splits = max(1, min(GRAD_PROGRAMS // fewest, pixels // GRAD_PIXELS))
     share = triton.cdiv(triton.cdiv(pixels, splits), GRAD_UNIT) * GRAD_UNIT
     splits = triton.cdiv(pixels, share)
-    sizes = [size for w in weights for size in (w.numel(), len(w))]
-    row = sum(sizes)
-    dtype = weights[0].dtype if splits == 1 else torch.float32
-    sums = weights[0].new_empty(splits, row, dtype=dtype)
-    parts = sums.split(sizes, dim=1)
+    split = split if splits > 1 else []
+    sizes = [size for i in split for size in (weights[i].numel(), len(weights[i]))]
+    sums = weights[0].new_empty(splits, sum(sizes), dtype=torch.float32)
+    total = weights[0].new_empty(sum(sizes))
+    parts, totals = iter(sums.split(sizes, dim=1)), iter(total.split(sizes))
+    gradients = []
     for i, ((dout, x), weight) in enumerate(zip(pairs, weights, strict=True)):
+        channels, in_channels, side, _ = weight.shape
+        if i in split:
+            dweight, dbias = next(totals), next(totals)
+            outputs, programs, step = (next(parts), next(parts)), splits, share
+        else:
+            dweight, dbias = weight.new_empty(weight.numel()), weight.new_empty(channels)
+            outputs, programs, step = (dweight, dbias), 1, pixels
         with torch.cuda.device_of(x):
-            _chain_grad_kernel[(_tiles(weight), splits)](
-                dout, x, parts[2 * i], parts[2 * i + 1], row, pixels, height, width,
-                weight.shape[1], weight.shape[0], share, SIDE=weight.shape[-1],
-                BLOCK_C=GRAD_BLOCK[0], BLOCK_IN=GRAD_BLOCK[1], BLOCK_P=GRAD_BLOCK[2],
-                num_warps=WARPS, num_stages=STAGES,
+            _chain_grad_kernel[(tiles[i], programs)](
+                dout, x, *outputs, sums.shape[1], pixels, height, width, in_channels, channels,
+                step, SIDE=side, BLOCK_C=GRAD_BLOCK[0], BLOCK_IN=GRAD_BLOCK[1],
+                BLOCK_P=GRAD_BLOCK[2], num_warps=WARPS, num_stages=GRAD_STAGES,
             )  # fmt: skip
-    total = sums[0]
-    if splits > 1:
-        total = weights[0].new_empty(row)
+        gradients.append((dweight.view(channels, side, side, -1).permute(0, 3, 1, 2), dbias))
+    if split:
         sum_parts(sums[None], total)
-    parts = total.split(sizes)
-    return [
-        (parts[2 * i].view(len(w), *w.shape[2:], w.shape[1]).permute(0, 3, 1, 2), parts[2 * i + 1])
-        for i, w in enumerate(weights)
-    ]
+    return gradients
