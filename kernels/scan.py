@@ -46,7 +46,8 @@ def selective_scan_2d(
     Returns:
         (batch, height, width, dim) in x's dtype. States, delta and sums are float32, for float64
         maps float64; parameters are cast to that. Differentiable once in all tensors, but for
-        A_logs where it is fixed.
+        A_logs where it is fixed. Gradients of 16-bit maps are then made, with ``triton``, from
+        delta in float16, and its gradient in bfloat16.
 
     Raises:
         ValueError: a shape or dtype is not as above, or there is no backend of that name.

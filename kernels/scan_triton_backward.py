@@ -43,7 +43,7 @@ from kernels.scan_triton_parts import (
     zeros_like,
 )
 
-LARGEST_HALF = tl.constexpr(65504.0)
+LARGEST_HALF = tl.constexpr(65504.0)  # what a larger delta counts as where it has 16 bits
 
 
 @jit(do_not_specialize=SIZES)

@@ -97,29 +97,32 @@ def test_matches_the_reference(scan, shape):
     check(scan, *make_inputs(shape))
 
 
+def with_fixed_A(inputs):
+    A_logs = torch.arange(1, inputs.dstate + 1).to(inputs.A_logs).log()
+    return inputs._replace(A_logs=A_logs.expand_as(inputs.A_logs))
+
+
 def check_forward(scan, shape, dtype=torch.float32):
     """With A as it comes, and where it is promised to be -(1, ..., dstate)."""
     inputs, dy = make_inputs(shape, dtype)
     forward_tolerance, _ = TOLERANCE[dtype]
     y, _ = expected(inputs, dy)
     assert error(scan.scan_2d_forward(inputs), y) < forward_tolerance
-    A_logs = torch.arange(1, inputs.dstate + 1).to(inputs.A_logs).log().expand_as(inputs.A_logs)
-    y, _ = expected(inputs._replace(A_logs=A_logs), dy)
+    y, _ = expected(with_fixed_A(inputs), dy)
     # The promise is enough: A_logs may then hold anything.
     inputs = inputs._replace(A_logs=torch.full_like(inputs.A_logs, torch.nan))
     assert error(scan.scan_2d_forward(inputs, fixed_A=True), y) < forward_tolerance
 
 
-def check_fixed_A(scan, inputs, dy):
-    A_logs = torch.arange(1, inputs.dstate + 1).to(inputs.A_logs).log().expand_as(inputs.A_logs)
-    _, gradients = expected(inputs._replace(A_logs=A_logs), dy)
-    inputs = inputs._replace(A_logs=torch.full_like(A_logs, torch.nan))
+def check_fixed_A(scan, inputs, dy, tolerance=None):
+    _, gradients = expected(with_fixed_A(inputs), dy)
+    inputs = inputs._replace(A_logs=torch.full_like(inputs.A_logs, torch.nan))
     results = scan.scan_2d_backward(dy, inputs, True)
     for name, result, truth in zip(ScanInputs._fields, results, gradients, strict=True):
         if name == "A_logs":
             assert result.shape == (0,)
         else:
-            assert error(result, truth) < TOLERANCE[dy.dtype][1], name
+            assert error(result, truth) < (tolerance or TOLERANCE[dy.dtype][1]), name
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -137,6 +140,11 @@ def test_fixed_A_of_16_bit_maps(scan, monkeypatch, dtype, bias):
     check_fixed_A(scan, inputs._replace(dt_projs_bias=inputs.dt_projs_bias + 3 + bias), dy)
 
 
+def test_16_bits_do_not_add_up_along_a_walk(scan):
+    """What is summed along a walk stays in float32: in bfloat16 its errors come to 1 to 2 %."""
+    check_fixed_A(scan, *make_inputs((1, 4, 16, 32, 4), torch.bfloat16), tolerance=7e-3)
+
+
 @pytest.mark.parametrize("one_pass", [False, True], ids=["chunks", "one-pass"])
 @pytest.mark.parametrize(
     "shape",
@@ -149,8 +157,7 @@ def test_fixed_A_of_16_bit_maps(scan, monkeypatch, dtype, bias):
 def test_the_forward_pass_keeps_states_for_the_backward_pass(scan, monkeypatch, shape, one_pass):
     monkeypatch.setattr(scan, "ONE_PASS_CHANNELS", 0 if one_pass else 1 << 30)
     inputs, dy = make_inputs(shape)
-    A_logs = torch.arange(1, inputs.dstate + 1, device=DEVICE).log().expand_as(inputs.A_logs)
-    y, gradients = expected(inputs._replace(A_logs=A_logs), dy)
+    y, gradients = expected(with_fixed_A(inputs), dy)
     kept = torch.full(scan.kept_shape(inputs), torch.nan, device=DEVICE)
     assert kept.dim() == 5
     assert error(scan.scan_2d_forward(inputs, True, kept), y) < TOLERANCE[dy.dtype][0]
