@@ -2,7 +2,7 @@
 
 Maps of a few pixels give a GPU so little work that each launch costs more than what it does. So
 bias, activation, sum with another map and, backward, the activation's gradient are part of the
-products, and the gradients of a weight and of its bias are one kernel.
+products, and in half precision the gradients of a weight and of its bias are one kernel.
 
 Prefixes: `i_` program or loop index, `o_` offsets, `m_` mask, `p_` pointer, `b_` block value. A tap
 is one of the pixels that a kernel covers. No sum depends on the order in which programs run.
@@ -21,7 +21,7 @@ from kernels.sum_triton import sum_parts
 PROGRAMS = 128  # blocks are made small enough for as many, about one for each multiprocessor
 # Pixels, output channels and, at a time, input channels of a program, and how many of the latter
 # are on their way at once, by the bytes of a number: a multiprocessor has shared memory for several
-# programs. The first of which there are enough.
+# programs. The first of which there are enough programs, or the last.
 BLOCKS = {
     2: [(64, 128, 64, 3), (64, 64, 64, 4), (32, 32, 64, 4)],
     4: [(64, 128, 32, 4), (64, 64, 32, 4), (32, 32, 32, 4)],
@@ -29,7 +29,7 @@ BLOCKS = {
 }
 # Output channels, input channels and, at a time, pixels of a program of the gradient by a weight.
 GRAD_BLOCK = 32, 32, 64
-GRAD_PROGRAMS = 264  # wanted of a weight that makes fewer
+GRAD_PROGRAMS = 264  # wanted
 GRAD_PIXELS = 256  # fewest pixels of such a program,
 GRAD_UNIT = 64  # and what their number is a multiple of
 GRAD_STAGES = 4
@@ -267,6 +267,7 @@ def _library_gradients(dout: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor,
         dweight = (pixels.mT @ x.flatten(0, 2))[:, :, None, None]
     else:
         images = (each.permute(0, 3, 1, 2) for each in (dout, x))
+        # Chains promise the same bits every time. The library's own context would set other flags.
         deterministic = torch.backends.cudnn.deterministic
         torch.backends.cudnn.deterministic = True
         try:
@@ -295,33 +296,29 @@ def conv_backward_parameters(
     batch, height, width, _ = pairs[0][0].shape
     pixels = batch * height * width
     # Where a weight makes few programs, its pixels are shared by several, which are added up.
-    tiles = [_tiles(weight) for weight in weights]
-    split = [i for i, count in enumerate(tiles) if count < GRAD_PROGRAMS]
-    fewest = min((tiles[i] for i in split), default=GRAD_PROGRAMS)
+    fewest = min(map(_tiles, weights))
     splits = max(1, min(GRAD_PROGRAMS // fewest, pixels // GRAD_PIXELS))
     share = triton.cdiv(triton.cdiv(pixels, splits), GRAD_UNIT) * GRAD_UNIT
     splits = triton.cdiv(pixels, share)
-    split = split if splits > 1 else []
-    sizes = [size for i in split for size in (weights[i].numel(), len(weights[i]))]
-    sums = weights[0].new_empty(splits, sum(sizes), dtype=torch.float32)
-    total = weights[0].new_empty(sum(sizes))
-    parts, totals = iter(sums.split(sizes, dim=1)), iter(total.split(sizes))
-    gradients = []
+    sizes = [size for w in weights for size in (w.numel(), len(w))]
+    row = sum(sizes)
+    dtype = weights[0].dtype if splits == 1 else torch.float32
+    sums = weights[0].new_empty(splits, row, dtype=dtype)
+    parts = sums.split(sizes, dim=1)
     for i, ((dout, x), weight) in enumerate(zip(pairs, weights, strict=True)):
-        channels, in_channels, side, _ = weight.shape
-        if i in split:
-            dweight, dbias = next(totals), next(totals)
-            outputs, programs, step = (next(parts), next(parts)), splits, share
-        else:
-            dweight, dbias = weight.new_empty(weight.numel()), weight.new_empty(channels)
-            outputs, programs, step = (dweight, dbias), 1, pixels
         with torch.cuda.device_of(x):
-            _chain_grad_kernel[(tiles[i], programs)](
-                dout, x, *outputs, sums.shape[1], pixels, height, width, in_channels, channels,
-                step, SIDE=side, BLOCK_C=GRAD_BLOCK[0], BLOCK_IN=GRAD_BLOCK[1],
-                BLOCK_P=GRAD_BLOCK[2], num_warps=WARPS, num_stages=GRAD_STAGES,
+            _chain_grad_kernel[(_tiles(weight), splits)](
+                dout, x, parts[2 * i], parts[2 * i + 1], row, pixels, height, width,
+                weight.shape[1], weight.shape[0], share, SIDE=weight.shape[-1],
+                BLOCK_C=GRAD_BLOCK[0], BLOCK_IN=GRAD_BLOCK[1], BLOCK_P=GRAD_BLOCK[2],
+                num_warps=WARPS, num_stages=GRAD_STAGES,
             )  # fmt: skip
-        gradients.append((dweight.view(channels, side, side, -1).permute(0, 3, 1, 2), dbias))
-    if split:
+    total = sums[0]
+    if splits > 1:
+        total = weights[0].new_empty(row)
         sum_parts(sums[None], total)
-    return gradients
+    parts = total.split(sizes)
+    return [
+        (parts[2 * i].view(len(w), *w.shape[2:], w.shape[1]).permute(0, 3, 1, 2), parts[2 * i + 1])
+        for i, w in enumerate(weights)
+    ]
