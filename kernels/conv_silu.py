@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from kernels import backends
-from kernels.operators import make_differentiable
+from kernels.operators import make_differentiable, operator
 
 
 def depthwise_conv_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -65,14 +65,14 @@ def _convolve_by_taps(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 # The operators run Triton kernels on whatever device the tensors are: on a GPU, or, for tests, on
 # a CPU in Triton's interpreter. All tensors are contiguous.
-@torch.library.custom_op("mambavc::depthwise_conv_silu", mutates_args=())
+@operator("depthwise_conv_silu")
 def _operator(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     from kernels.conv_silu_triton import conv_silu_forward
 
     return conv_silu_forward(x, weight, bias)
 
 
-@torch.library.custom_op("mambavc::depthwise_conv_silu_backward", mutates_args=())
+@operator("depthwise_conv_silu_backward")
 def _backward_operator(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import backends
-from kernels.operators import make_differentiable
+from kernels.operators import make_differentiable, operator
 
 PART = 1 << 19  # numbers of a map that a CPU takes at once, so that they stay in its caches
 
@@ -125,14 +125,14 @@ def _norm_and_gate(
 
 # The operators run Triton kernels on whatever device the tensors are: on a GPU, or, for tests, on
 # a CPU in Triton's interpreter. All tensors are contiguous.
-@torch.library.custom_op("mambavc::norm_gate", mutates_args=())
+@operator("norm_gate")
 def _operator(y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     from kernels.norm_gate_triton import norm_gate_forward
 
     return norm_gate_forward(y, z, weight, bias, eps)
 
 
-@torch.library.custom_op("mambavc::norm_gate_backward", mutates_args=())
+@operator("norm_gate_backward")
 def _backward_operator(
     dout: Tensor, y: Tensor, z: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -141,7 +141,7 @@ def _backward_operator(
     return norm_gate_backward(dout, y, z, weight, bias, eps)
 
 
-@torch.library.custom_op("mambavc::layer_norm", mutates_args=())
+@operator("layer_norm")
 def _norm_operator(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
@@ -150,7 +150,7 @@ def _norm_operator(
     return norm_gate_forward(x, None, weight, bias, eps, dtype)
 
 
-@torch.library.custom_op("mambavc::layer_norm_backward", mutates_args=())
+@operator("layer_norm_backward")
 def _norm_backward_operator(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,23 @@ def _contiguous_like(x: Tensor, *others: object) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def operator(name: str) -> Callable[[Callable], Callable]:
+    """Make a function ``torch.ops.mambavc.<name>``, for tensors of CPUs and GPUs.
+
+    It changes none of its arguments; their annotations become the operator's. What
+    `torch.library.custom_op` makes would import PyTorch's compiler at its first call: seconds.
+    """
+
+    def define(function: Callable) -> Callable:
+        qualified = f"mambavc::{name}"
+        schema = torch.library.infer_schema(function, mutates_args=())
+        torch.library.define(qualified, schema)
+        torch.library.impl(qualified, ("cpu", "cuda"), function)
+        return getattr(torch.ops.mambavc, name)
+
+    return define
+
+
 def make_differentiable(
     name: str,
     result: Callable[..., Tensor | tuple[Tensor, ...]] = _contiguous_like,

@@ -20,7 +20,6 @@ _INPUTS = ", ".join(f"Tensor {name}" for name in ScanInputs._fields)
 _GRADIENTS = ", ".join(["Tensor"] * len(ScanInputs._fields))
 
 
-# Not by `torch.library.custom_op`, whose first call imports PyTorch's compiler: seconds.
 torch.library.define("mambavc::scan_2d", f"({_INPUTS}, bool fixed_A) -> Tensor")
 torch.library.define(
     "mambavc::scan_2d_backward", f"(Tensor dy, {_INPUTS}, bool fixed_A) -> ({_GRADIENTS})"

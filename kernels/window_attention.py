@@ -1,10 +1,9 @@
 """Attention inside square, perhaps shifted, windows of a map, as one operator."""
 
-import torch
 from torch import Tensor
 
 from kernels import backends
-from kernels.operators import make_differentiable
+from kernels.operators import make_differentiable, operator
 
 
 def fuses_window_attention(x: Tensor, window_size: int) -> bool:
@@ -43,14 +42,14 @@ def window_attention(qkv: Tensor, position: Tensor, shift: int) -> Tensor:
     return _operator(qkv.contiguous(), position.contiguous(), shift)
 
 
-@torch.library.custom_op("mambavc::window_attention", mutates_args=())
+@operator("window_attention")
 def _operator(qkv: Tensor, position: Tensor, shift: int) -> Tensor:
     from kernels.window_attention_triton import window_attention_forward
 
     return window_attention_forward(qkv, position, shift)
 
 
-@torch.library.custom_op("mambavc::window_attention_backward", mutates_args=())
+@operator("window_attention_backward")
 def _backward_operator(
     dout: Tensor, qkv: Tensor, position: Tensor, shift: int
 ) -> tuple[Tensor, Tensor]:

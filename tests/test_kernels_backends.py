@@ -1,12 +1,18 @@
 """Which backend runs: by name, by the environment, inside `use_backend`, by device."""
 
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import kernels
 from kernels import backends, selective_scan_2d, use_backend
+
+ROOT = Path(__file__).parent.parent
 
 needs_numba = pytest.mark.skipif(
     kernels.available_backends("cpu")["cpu"] is not None, reason="needs Numba"
@@ -178,3 +184,20 @@ def test_available_backends_tells_what_runs_on_cpu_tensors():
     assert list(backends) == ["triton", "cpu", "mamba_ssm", "reference"]
     assert backends["reference"] is None
     assert "cuda" in backends["triton"]
+
+
+def test_operators_do_not_import_pytorchs_compiler():
+    """Which takes seconds, and what codes pictures needs none."""
+    program = (
+        "import sys, torch, kernels\n"
+        "x = torch.randn(1, 8, 8, 96)\n"
+        "ones = torch.ones(96)\n"
+        "ops = torch.ops.mambavc\n"
+        "ops.norm_gate(x, x, ones, ones, 1e-5)\n"
+        "ops.layer_norm(x, ones, ones, 1e-5, torch.float32)\n"
+        "ops.depthwise_conv_silu(x, torch.randn(96, 1, 3, 3), ones)\n"
+        "ops.window_attention(x, torch.zeros(2, 7, 7), 2)\n"
+        "sys.exit('torch._dynamo' in sys.modules)\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, check=True)
