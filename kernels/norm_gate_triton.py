@@ -20,6 +20,7 @@ PROGRAMS = 24576
 GRAD_PROGRAMS = 1584  # one wave of 12 single-warp programs on each of 132 multiprocessors
 GRAD_TILES = 4  # fewest per program, so that the partial sums stay small,
 FEW_PROGRAMS = 528  # where there are more programs than these
+GRAD_STAGES = 3  # tiles that are on their way from memory at once
 
 
 @triton.jit
@@ -84,6 +85,7 @@ def _norm_gate_grad_kernel(
     rows,
     dim,
     EPS: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -97,7 +99,7 @@ def _norm_gate_grad_kernel(
     b_dw = tl.zeros([BLOCK_R, BLOCK_C], ACC)
     b_dbias = tl.zeros([BLOCK_R, BLOCK_C], ACC)
     n_tiles = tl.cdiv(rows, BLOCK_R)
-    for i in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+    for i in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), num_stages=STAGES):
         m_x = (i * BLOCK_R + o_r < rows)[:, None] & m_c[None, :]
         o_tile = i * (BLOCK_R * tl.cast(dim, tl.int64))
         b_y = tl.load(y + o_tile + o_x, mask=m_x, other=0.0).to(ACC)
@@ -179,7 +181,7 @@ def norm_gate_backward(
     with torch.cuda.device_of(y):
         _norm_gate_grad_kernel[(programs,)](
             dout, y, z, weight, bias, other, dy, dz, partial, rows, dim,
-            EPS=eps, **block,
+            EPS=eps, STAGES=GRAD_STAGES, **block,
         )  # fmt: skip
     sum_parts(partial, dweight, dbias)
     return dy, dz, dweight, dbias
