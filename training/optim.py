@@ -117,12 +117,19 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     a, b, c = _NEWTON_SCHULZ
     transpose = matrices.shape[-2] > matrices.shape[-1]
     X = matrices.mT if transpose else matrices
-    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     X = X.to(torch.bfloat16 if X.is_cuda else torch.float32)
-    for _ in range(steps):
+    for step in range(steps):
         A = X @ X.mT
+        if step == 0:
+            # The norm of X is the trace's root. Its part is left to matrices smaller than X.
+            squares = A.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float32)[:, None, None]
+            squares.clamp_(min=1e-14)
+            A.div_(squares)
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, B, X, beta=a)
+        B.diagonal(dim1=-2, dim2=-1).add_(a)
+        if step == 0:
+            B.mul_(squares.rsqrt_())
+        X = B @ X
     return X.mT if transpose else X
 
 
@@ -151,6 +158,12 @@ def _padded_size(rows: int, columns: int) -> tuple[int, int]:
     A network has tens of shapes, mostly of few matrices: too little work at a time for a GPU.
     """
     return tuple(sorted(1 << (side - 1).bit_length() for side in (rows, columns)))
+
+
+def _work(item: tuple) -> int:
+    """Multiplications, in some unit, of what `Muon` orthogonalises in one batch."""
+    (rows, columns), shapes = item
+    return rows**2 * columns * sum(len(entries) for entries in shapes)
 
 
 class Muon(Optimizer):
@@ -194,22 +207,29 @@ class Muon(Optimizer):
             # A tensor without dimensions would be rounded to the precision of the updates.
             rate = params[0].new_empty(1).fill_(group["lr"])
 
-            sizes = list(by_size.items())
+            # The longest first, so that branches come to about as much work.
+            sizes = sorted(by_size.items(), key=_work, reverse=True)
             shares = [sizes[i::BRANCHES] for i in range(BRANCHES)]
-            branches = [functools.partial(self._update_all, share, rate) for share in shares]
-            side_by_side(branches, [rate])
+            branches = [functools.partial(self._updates, share, rate) for share in shares]
+            updates = [update for found in side_by_side(branches, [rate]) for update in found]
+            weights = [
+                weight for share in shares for _, shapes in share for entries in shapes
+                for weight, _ in entries
+            ]  # fmt: skip
+            torch._foreach_sub_(weights, updates)
 
-    def _update_all(self, sizes: Sequence[tuple], rate: Tensor) -> None:
-        for size, shapes in sizes:
-            self._update(size, shapes, rate)
+    def _updates(self, sizes: Sequence[tuple], rate: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            update for size, shapes in sizes for update in self._updates_of(size, shapes, rate)
+        )
 
-    def _update(
+    def _updates_of(
         self,
         size: tuple[int, int],
         shapes: Sequence[Sequence[tuple[Tensor, Tensor]]],
         rate: Tensor,
-    ) -> None:
-        """Orthogonalise matrices of similar shapes in one batch and add them to their weights.
+    ) -> list[Tensor]:
+        """Orthogonalise matrices of similar shapes in one batch: what weights are to lose.
 
         Args:
             size: that they are padded to; zeros stay zeros and change nothing.
@@ -224,14 +244,16 @@ class Muon(Optimizer):
         for part, stack in zip(padded.split(counts), stacks, strict=True):
             part[:, : stack.shape[1], : stack.shape[2]] = stack
         parts = orthogonalise(padded).split(counts)
+        found = []
         for part, stack, entries in zip(parts, stacks, shapes, strict=True):
             rows, columns = entries[0][1].shape[1:]
-            updates = part[:, : stack.shape[1], : stack.shape[2]] * rate
+            scale = rate * (0.2 * math.sqrt(max(rows, columns)))
+            updates = part[:, : stack.shape[1], : stack.shape[2]] * scale
             updates = (updates.mT if rows > columns else updates).contiguous()
             updates = updates.split([len(matrices) for _, matrices in entries])
             weights = [weight for weight, _ in entries]
-            updates = [_as_weight(u, w.shape) for u, w in zip(updates, weights, strict=True)]
-            torch._foreach_add_(weights, updates, alpha=-0.2 * math.sqrt(max(rows, columns)))
+            found += [_as_weight(u, w.shape) for u, w in zip(updates, weights, strict=True)]
+        return found
 
 
 def warmup_factor(step: int, warmup_steps: int) -> float:
