@@ -94,7 +94,7 @@ class _ConvChain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        from kernels.conv_chain_triton import conv_backward_map, conv_backward_parameters
+        from kernels.conv_chain_triton import chain_backward
 
         count = len(ctx.activations)
         saved = ctx.saved_tensors
@@ -104,18 +104,8 @@ class _ConvChain(torch.autograd.Function):
             dout = torch.ops.aten.threshold_backward(dout, gates[-1], 0)
         elif ctx.activations[-1] == "gelu":
             dout = torch.ops.aten.gelu_backward(dout, gates[-1])
-        # By what each layer makes, before its activation; a map that is skipped to gets both.
-        douts = {count - 1: dout}
-        added = {skipped: i for i, skipped in ctx.skips.items()}
-        for i in reversed(range(count - 1)):
-            other = douts.get(added.get(i + 1))
-            douts[i] = conv_backward_map(
-                douts[i + 1], weights[i + 1], ctx.activations[i], gates[i], other
-            )
-        dx = None
-        if ctx.needs_input_grad[0]:
-            dx = conv_backward_map(douts[0], weights[0], None, None, douts.get(added.get(0)))
-        pairs = [(douts[i], each) for i, each in enumerate(maps)]
-        parameters = [g for pair in conv_backward_parameters(pairs, weights) for g in pair]
+        layers = [*zip(maps, gates, weights, ctx.activations, strict=True)]
+        dx, gradients = chain_backward(dout, layers, ctx.skips, ctx.needs_input_grad[0])
+        parameters = [gradient for pair in gradients for gradient in pair]
         dresidual = dout if ctx.needs_input_grad[1] else None
         return dx, dresidual, None, None, *parameters

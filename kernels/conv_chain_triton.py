@@ -8,7 +8,7 @@ Prefixes: `i_` program or loop index, `o_` offsets, `m_` mask, `p_` pointer, `b_
 is one of the pixels that a kernel covers. No sum depends on the order in which programs run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import triton
@@ -67,6 +67,7 @@ def _chain_kernel(
     residual,  # (pixels, channels) or None: added before the activation
     gate,  # (pixels, channels): GELU's argument, written unless None; of gradients read
     out,  # (pixels, channels)
+    sums,  # (blocks of pixels, channels), out, of `out` over a block; or None
     pixels,
     height,
     width,
@@ -75,6 +76,7 @@ def _chain_kernel(
     stride_out,
     stride_in,
     stride_tap,
+    stride_sums,
     SIDE: tl.constexpr,
     MIRRORED: tl.constexpr,  # as the gradient by a map needs it
     ACTIVATION: tl.constexpr,
@@ -120,6 +122,9 @@ def _chain_kernel(
     elif ACTIVATION == "gelu gradient":
         b_out *= _gelu_slope(tl.load(gate + o_out, mask=m_out, other=0.0).to(ACC))
     tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=m_out)
+    if sums is not None:
+        p_sums = sums + tl.program_id(0) // n_c * stride_sums + o_c
+        tl.store(p_sums, tl.sum(tl.where(m_p[:, None], b_out, 0.0), 0), mask=m_c)
 
 
 @triton.jit(do_not_specialize=["pixels", "height", "width", "share"])
@@ -183,6 +188,7 @@ def _convolve(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     gate: Tensor | None = None,
+    sums: Tensor | None = None,
     activation: str | None = None,
     mirrored: bool = False,
 ) -> Tensor:
@@ -198,9 +204,10 @@ def _convolve(
             break
     with torch.cuda.device_of(x):
         _chain_kernel[(programs,)](
-            x, weight, bias, residual, gate, out, pixels, height, width, in_channels, channels,
-            *strides, SIDE=side, MIRRORED=mirrored, ACTIVATION=activation,
-            PRODUCTS=product_precision(x.dtype), num_warps=WARPS, **block,
+            x, weight, bias, residual, gate, out, sums, pixels, height, width, in_channels,
+            channels, *strides, 0 if sums is None else sums.stride(0), SIDE=side,
+            MIRRORED=mirrored, ACTIVATION=activation, PRODUCTS=product_precision(x.dtype),
+            num_warps=WARPS, **block,
         )  # fmt: skip
     return out
 
@@ -227,12 +234,13 @@ def conv_forward(
     return out, out if activation == "relu" else gate
 
 
-def conv_backward_map(
+def _backward_map(
     dout: Tensor,
     weight: Tensor,
     activation: str | None,
     gate: Tensor | None,
     residual: Tensor | None,
+    sums: Tensor | None,
 ) -> Tensor:
     """The gradient by the map of a convolution, or by what an activation made that map from.
 
@@ -240,6 +248,8 @@ def conv_backward_map(
         dout: gradient by what the convolution makes, before its own activation.
         activation, gate: of the map, see `conv_forward`; None for the gradient by the map.
         residual: another gradient by the map, or None.
+        sums: (blocks of pixels, in_channels), where what blocks of the result add up to is put; the
+            rest of it stays as it was. Or None.
     """
     channels, in_channels, side, _ = weight.shape
     strides = 1, side * side * in_channels, in_channels
@@ -249,8 +259,8 @@ def conv_backward_map(
         strides = side * side * channels, 1, channels
     return _convolve(
         dout, weight, in_channels, side, strides,
-        residual=residual, gate=gate, activation=activation and f"{activation} gradient",
-        mirrored=True,
+        residual=residual, gate=gate, sums=sums,
+        activation=activation and f"{activation} gradient", mirrored=True,
     )  # fmt: skip
 
 
@@ -260,8 +270,8 @@ def _tiles(weight: Tensor) -> int:
     return triton.cdiv(channels, GRAD_BLOCK[0]) * triton.cdiv(in_channels, GRAD_BLOCK[1]) * side**2
 
 
-def _library_gradients(dout: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients by weight and bias of a convolution: see `conv_backward_parameters`."""
+def _library_gradient(dout: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """Gradient by the weight of a convolution, of the gradient by its result and its map."""
     pixels, side = dout.flatten(0, 2), weight.shape[-1]
     if side == 1:
         dweight = (pixels.mT @ x.flatten(0, 2))[:, :, None, None]
@@ -277,22 +287,74 @@ def _library_gradients(dout: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor,
             )  # fmt: skip
         finally:
             torch.backends.cudnn.deterministic = deterministic
-    return dweight, pixels.sum(0)
+    return dweight
 
 
-def conv_backward_parameters(
-    pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """Gradients by weights and biases of some convolutions, in the dtype of the weights.
+def chain_backward(
+    dout: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor | None, Tensor, str | None]],
+    skips: Mapping[int, int],
+    wants_dx: bool,
+) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
+    """The gradients by a chain's map, or None, and by the weight and bias of each layer.
 
     Args:
-        pairs: of each, the gradient by its result and its map.
-        weights: of each.
+        dout: gradient by what the last layer makes before its activation, contiguous.
+        layers: of each the map, what `conv_forward` returned for the activation's gradient, the
+            weight, and the activation.
+        skips: see `kernels.conv_chain`.
+        wants_dx: whether the gradient by the map is asked for.
     """
-    if weights[0].dtype == torch.float32:
-        # Both factors of these products lie along what is not summed over, and would have to be
-        # turned for the units that multiply TF32: libraries do that better.
-        return [_library_gradients(*pair, w) for pair, w in zip(pairs, weights, strict=True)]
+    maps, gates, weights, activations = zip(*layers, strict=True)
+    sums = None
+    if dout.dtype == torch.float32 and len(layers) > 1:
+        # Of these the gradients by all biases but the last are made.
+        channels = [len(weight) for weight in weights[:-1]]
+        blocks = triton.cdiv(dout.shape[:3].numel(), min(block[0] for block in BLOCKS[4]))
+        sums = dout.new_zeros(blocks, sum(channels))
+        parts = sums.split(channels, dim=1)
+    # By what each layer makes, before its activation; a map that is skipped to gets both.
+    douts = {len(layers) - 1: dout}
+    added = {skipped: i for i, skipped in skips.items()}
+    for i in reversed(range(len(layers) - 1)):
+        douts[i] = _backward_map(
+            douts[i + 1], weights[i + 1], activations[i], gates[i], douts.get(added.get(i + 1)),
+            None if sums is None else parts[i],
+        )  # fmt: skip
+    dx = None
+    if wants_dx:
+        dx = _backward_map(douts[0], weights[0], None, None, douts.get(added.get(0)), None)
+    pairs = [(douts[i], each) for i, each in enumerate(maps)]
+    if dout.dtype == torch.float32:
+        return dx, _parameters_in_float32(pairs, weights, sums)
+    return dx, _parameters_in_half_precision(pairs, weights)
+
+
+def _parameters_in_float32(
+    pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor], sums: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Gradients by weights and biases.
+
+    Args:
+        pairs: of each layer, the gradient by its result and its map.
+        weights: of each.
+        sums: (blocks of pixels, channels of all layers but the last), unless there is but one.
+    """
+    # Both factors of the products lie along what is not summed over, and would have to be turned
+    # for the units that multiply TF32: libraries do that better.
+    dweights = [_library_gradient(*pair, w) for pair, w in zip(pairs, weights, strict=True)]
+    dbiases = [pairs[-1][0].flatten(0, 2).sum(0)]
+    if sums is not None:
+        total = sums.new_empty(sums.shape[1])
+        sum_parts(sums[None], total)
+        dbiases = [*total.split([len(weight) for weight in weights[:-1]]), *dbiases]
+    return [*zip(dweights, dbiases, strict=True)]
+
+
+def _parameters_in_half_precision(
+    pairs: Sequence[tuple[Tensor, Tensor]], weights: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """The same as `_parameters_in_float32`, in the dtype of the weights."""
     batch, height, width, _ = pairs[0][0].shape
     pixels = batch * height * width
     # Where a weight makes few programs, its pixels are shared by several, which are added up.
