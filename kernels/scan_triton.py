@@ -58,8 +58,9 @@ SHORTEST_CHUNK = 32
 # In float64 a step takes many times as long, and what the entropy path scans is small: cut as
 # finely as this, it makes enough programs for a GPU.
 SHORTEST_CHUNK_IN_FLOAT64 = 8
-# Elements of x up to which the backward launches all directions at once, for seven times x.
-SMALL_MAP = 1 << 22
+# Elements of x up to which the backward takes all directions at once: fewer launches with fuller
+# waves, for seven times x.
+SMALL_MAP = 1 << 23
 # Sequences, by channel, direction and picture, from which on each is walked by one thread in one
 # go, and from which on long ones are: they are enough threads then for a GPU, and nothing is
 # computed twice.
@@ -272,7 +273,6 @@ def _strip_chunks(inputs: ScanInputs) -> tuple[Strip, int, int, int]:
 
 
 def _directions(x: Tensor) -> int:
-    # On a small map launches take longer than the work: one for all directions.
     return 4 if x.numel() <= SMALL_MAP else 1
 
 
@@ -429,20 +429,19 @@ def scan_2d_backward(
         delta = dz = buffer(*delta_shape)
     *states, adjoints = buffer(2 - has_states, directions, batch, num_chunks, dstate, dim)
     delta_sums = buffer(directions, batch, num_chunks, dim)
-    # The partial sums of dW come when what the walks hand over is done with.
+    # The partial sums of dW and dbias come when what the walks hand over is done with.
     if fixed_A:
         walked_shape = delta.shape
     else:
         walked_shape = directions, batch, num_chunks, num_subchunks, dstate, dim
-    dW_shape = directions, num_tiles, dim, rank
-    scratch = buffer(max(math.prod(walked_shape), math.prod(dW_shape)))
+    parts_shape = directions, num_tiles, dim * (rank + 1)
+    scratch = buffer(max(math.prod(walked_shape), math.prod(parts_shape)))
     walked = scratch[: math.prod(walked_shape)]
-    dW_parts = scratch[: math.prod(dW_shape)].view(dW_shape)
+    parts = scratch[: math.prod(parts_shape)].view(parts_shape)
     inner_sums = buffer(directions, batch, num_chunks, num_subchunks, dim)
     dBC_parts = buffer(num_parts, directions, batch, length, 2 * dstate)
     dA_parts = buffer(directions, batch * num_chunks, 0 if fixed_A else dstate, dim)
     dD_parts = buffer(batch * num_chunks, dim)
-    dbias_parts = buffer(directions, num_tiles, dim)
     dx = torch.empty_like(x)
     dx_sum = dx
     if directions > 1 or x.dtype != accumulator:
@@ -484,14 +483,12 @@ def scan_2d_backward(
                     **ends, META=sweep, num_warps=1,
                 )  # fmt: skip
             projection_kernel[(num_tiles, directions)](
-                dz, x_dbl, dt_projs_weight, dBC_parts, dx_dbl, dW_parts, dbias_parts,
-                batch * length, k, DIM=dim, DSTATE=dstate, RANK=rank,
-                CHANNELS=channels, PADDED_DSTATE=walk.PADDED_DSTATE,
-                PADDED_RANK=max(16, walk.PADDED_RANK), PIXELS=pixels, NUM_PARTS=num_parts,
-                ACC=acc, num_warps=4,
+                dz, x_dbl, dt_projs_weight, dBC_parts, dx_dbl, parts, batch * length, k,
+                DIM=dim, DSTATE=dstate, RANK=rank, CHANNELS=channels,
+                PADDED_DSTATE=walk.PADDED_DSTATE, PADDED_RANK=max(16, walk.PADDED_RANK),
+                PIXELS=pixels, NUM_PARTS=num_parts, ACC=acc, num_warps=4,
             )  # fmt: skip
-            sum_parts(dW_parts.flatten(2), dW[done])
-            sum_parts(dbias_parts, dbias[done])
+            sum_parts(parts, dW[done], dbias[done])
             if wants_dA:
                 dA = dA_parts.sum(1).transpose(1, 2)
                 dA_logs.view(4, dim, dstate)[done] = dA

@@ -546,8 +546,7 @@ def projection_kernel(
     dt_projs_weight,  # (4, DIM, RANK)
     dBC_parts,  # (NUM_PARTS, DIRECTIONS, num_rows, 2 * DSTATE)
     dx_dbl,  # (num_rows, 4, RANK + 2 * DSTATE)
-    dW_parts,  # (DIRECTIONS, programs, DIM, RANK)
-    dbias_parts,  # (DIRECTIONS, programs, DIM)
+    parts,  # (DIRECTIONS, programs, DIM * RANK + DIM): of the gradients by W, then by the bias
     num_rows,
     k,
     DIM: tl.constexpr,
@@ -581,10 +580,10 @@ def projection_kernel(
         p_dz = dz + (i_k * num_rows.to(tl.int64) + o_p[:, None]) * DIM + o_c[None, :]
         b_dz = tl.load(p_dz, mask=m_p[:, None] & m_c[None, :], other=0.0).to(ACC)  # [PIXELS, CH]
         b_dr += _dot(b_dz, b_W)
-        o_part = (i_k * tl.num_programs(0) + i_p).to(tl.int64) * DIM + o_c
+        p_parts = parts + (i_k * tl.num_programs(0) + i_p).to(tl.int64) * (DIM * RANK + DIM)
         b_dW = _dot(tl.trans(b_dz), b_r)
-        tl.store(dW_parts + o_part[:, None] * RANK + o_r[None, :], b_dW, mask=m_cr)
-        tl.store(dbias_parts + o_part, tl.sum(b_dz, axis=0), mask=m_c)
+        tl.store(p_parts + o_c[:, None] * RANK + o_r[None, :], b_dW, mask=m_cr)
+        tl.store(p_parts + DIM * RANK + o_c, tl.sum(b_dz, axis=0), mask=m_c)
     tl.store(dx_dbl + o_pr, b_dr.to(dx_dbl.dtype.element_ty), mask=m_pr)
 
     o_n = tl.arange(0, 2 * PADDED_DSTATE)
