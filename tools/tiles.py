@@ -1,11 +1,12 @@
 """Measure what tiles cost: bits, quality at seams, time and memory.
 
-    python -m tools.tiles KODAK --checkpoint C --tile-sizes 256 512
+    python -m tools.tiles KODAK --checkpoint C --tile-sizes 256 512 [--size 3840 2160]
     python -m tools.tiles KODAK --checkpoint C --megapixels 1 6 24 100
 
-The first compares pictures coded in tiles with the same ones coded whole. The second codes large
-pictures, made of the folder's at twice their size, with codec.py: each run is a process, whose time
-and peak of memory are printed, with those of a region of 512x512 of it. Results go to --json FILE.
+The first compares pictures coded in tiles with the same ones coded whole: the folder's, or with
+--size large ones made of them at twice their size. The second codes such pictures with codec.py:
+each run is a process, whose time and peak of memory are printed, with those of a region of 512x512
+of it. Results go to --json FILE.
 """
 
 from __future__ import annotations
@@ -70,6 +71,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--margins", nargs="+", type=utils.number(int, 0), default=[DEFAULT_MARGIN], metavar="M",
         help="pixels around a tile that the transforms see, of pictures for --tile-sizes",
     )  # fmt: skip
+    parser.add_argument(
+        "--size", nargs=2, type=positive, metavar=("W", "H"), help="of pictures for --tile-sizes"
+    )
     parser.add_argument("--megapixels", nargs="+", type=positive, metavar="P", help="rising")
     parser.add_argument("--max-memory", metavar="SIZE", help="for codec.py")
     args = parser.parse_args(argv)
@@ -101,20 +105,26 @@ def compare(args: argparse.Namespace) -> list[dict]:
     device = utils.select_device(args.cuda)
     coder = Coder(load_model(find_checkpoint(args.checkpoint), device), graphs=args.cuda)
     files = utils.list_images(args.folder)
+    groups = [[file] for file in files]
+    if args.size:
+        parts = math.prod(-(-side // part) for side, part in zip(args.size, ENLARGED, strict=True))
+        groups = [files[i : i + parts] for i in range(0, len(files), parts)]
     rows = []
-    shown = utils.progress(files, len(files), "picture", label=lambda file: file.name)
+    shown = utils.progress(groups, len(groups), "picture", label=lambda group: group[0].name)
     with shown as tracked:
-        for file in tracked:
-            rows += compare_picture(coder, file, args)
+        for group in tracked:
+            image = large_picture(group, *args.size) if args.size else utils.read_image(*group)
+            rows += compare_picture(coder, group[0].name, image, args)
     return rows
 
 
-def compare_picture(coder: Coder, file: Path, args: argparse.Namespace) -> list[dict]:
+def compare_picture(
+    coder: Coder, name: str, image: Image.Image, args: argparse.Namespace
+) -> list[dict]:
     """The rows of one picture."""
     from models import tiles
 
     device = next(coder.model.parameters()).device
-    image = utils.read_image(file)
     x = utils.to_tensor(image)[None].to(device)
     whole = coder.encode(x, args.quality)
     error = squared_errors(utils.to_image(coder.decode(whole)[0]), image)
@@ -126,7 +136,7 @@ def compare_picture(coder: Coder, file: Path, args: argparse.Namespace) -> list[
         near = seams(stream)
         rows.append(
             {
-                "name": file.name,
+                "name": name,
                 "tile": tile,
                 "margin": margin,
                 "whole_bytes": len(whole),
@@ -159,10 +169,9 @@ def print_comparison(rows: Sequence[dict]) -> None:
         )
 
 
-def large_picture(files: Sequence[Path], megapixels: int) -> Image.Image:
-    """3:2, of pictures side by side."""
-    height = round(math.sqrt(megapixels * 1e6 / 1.5))
-    image = Image.new("RGB", (round(megapixels * 1e6 / height), height))
+def large_picture(files: Sequence[Path], width: int, height: int) -> Image.Image:
+    """Pictures side by side."""
+    image = Image.new("RGB", (width, height))
     places = itertools.product(
         range(0, image.height, ENLARGED[1]), range(0, image.width, ENLARGED[0])
     )
@@ -206,7 +215,8 @@ def measure(args: argparse.Namespace) -> Iterator[dict]:
             run_codec("encode", picture, part, *common, *rate, "--no-verify")
             alone = run_codec("decode", part, out, *common)
         for megapixels in args.megapixels:
-            image = large_picture(files, megapixels)
+            height = round(math.sqrt(megapixels * 1e6 / 1.5))
+            image = large_picture(files, round(megapixels * 1e6 / height), height)
             image.save(picture, compress_level=1)
             x = min(image.width // 2 + 37, image.width - side)  # across tiles, where there are any
             y = min(image.height // 2 + 53, image.height - side)
