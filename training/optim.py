@@ -126,6 +126,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
             squares.clamp_(min=1e-14)
             A.div_(squares)
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        # With a X as a part of the product, no copy of X is made to add it to.
         B.diagonal(dim1=-2, dim2=-1).add_(a)
         if step == 0:
             B.mul_(squares.rsqrt_())
