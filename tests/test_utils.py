@@ -157,6 +157,8 @@ def test_progress_on_a_terminal_is_a_bar_with_names():
 def test_terminal_is_clean_however_work_ends(end, code, last):
     program = f"""
 import os, signal, utils
+# Where a shell has started the tests in the background they ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def main():
     with utils.progress("abc", 3, "file", label=str) as files:
         for name in files:
