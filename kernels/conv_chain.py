@@ -104,8 +104,9 @@ class _ConvChain(torch.autograd.Function):
             dout = torch.ops.aten.threshold_backward(dout, gates[-1], 0)
         elif ctx.activations[-1] == "gelu":
             dout = torch.ops.aten.gelu_backward(dout, gates[-1])
-        layers = [*zip(maps, gates, weights, ctx.activations, strict=True)]
-        dx, gradients = chain_backward(dout, layers, ctx.skips, ctx.needs_input_grad[0])
+        dx, gradients = chain_backward(
+            dout, maps, gates, weights, ctx.activations, ctx.skips, ctx.needs_input_grad[0]
+        )
         parameters = [gradient for pair in gradients for gradient in pair]
         dresidual = dout if ctx.needs_input_grad[1] else None
         return dx, dresidual, None, None, *parameters

@@ -292,7 +292,10 @@ def _library_gradient(dout: Tensor, x: Tensor, weight: Tensor) -> Tensor:
 
 def chain_backward(
     dout: Tensor,
-    layers: Sequence[tuple[Tensor, Tensor | None, Tensor, str | None]],
+    maps: Sequence[Tensor],
+    gates: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    activations: Sequence[str | None],
     skips: Mapping[int, int],
     wants_dx: bool,
 ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor]]]:
@@ -300,27 +303,27 @@ def chain_backward(
 
     Args:
         dout: gradient by what the last layer makes before its activation, contiguous.
-        layers: of each the map, what `conv_forward` returned for the activation's gradient, the
-            weight, and the activation.
-        skips: see `kernels.conv_chain`.
+        maps, gates: of each layer, its map, and what `conv_forward` returned for the gradient of
+            its activation.
+        weights, activations, skips: see `kernels.conv_chain`.
         wants_dx: whether the gradient by the map is asked for.
     """
-    maps, gates, weights, activations = zip(*layers, strict=True)
-    sums = None
-    if dout.dtype == torch.float32 and len(layers) > 1:
+    last = len(maps) - 1
+    sums, parts = None, [None] * last
+    if dout.dtype == torch.float32 and last:
         # Of these the gradients by all biases but the last are made.
         channels = [len(weight) for weight in weights[:-1]]
         blocks = triton.cdiv(dout.shape[:3].numel(), min(block[0] for block in BLOCKS[4]))
         sums = dout.new_zeros(blocks, sum(channels))
         parts = sums.split(channels, dim=1)
     # By what each layer makes, before its activation; a map that is skipped to gets both.
-    douts = {len(layers) - 1: dout}
+    douts = {last: dout}
     added = {skipped: i for i, skipped in skips.items()}
-    for i in reversed(range(len(layers) - 1)):
+    for i in reversed(range(last)):
+        other = douts.get(added.get(i + 1))
         douts[i] = _backward_map(
-            douts[i + 1], weights[i + 1], activations[i], gates[i], douts.get(added.get(i + 1)),
-            None if sums is None else parts[i],
-        )  # fmt: skip
+            douts[i + 1], weights[i + 1], activations[i], gates[i], other, parts[i]
+        )
     dx = None
     if wants_dx:
         dx = _backward_map(douts[0], weights[0], None, None, douts.get(added.get(0)), None)

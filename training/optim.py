@@ -121,7 +121,7 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     for step in range(steps):
         A = X @ X.mT
         if step == 0:
-            # The norm of X is the trace's root. Its part is left to matrices smaller than X.
+            # X's norm is the root of the trace; it divides A and B, which are smaller than X.
             squares = A.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float32)[:, None, None]
             squares.clamp_(min=1e-14)
             A.div_(squares)
