@@ -79,6 +79,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.tile_sizes and not args.megapixels:
         parser.error("give --tile-sizes or --megapixels")
+    if args.size and not args.tile_sizes:
+        parser.error("--size is of pictures for --tile-sizes; give these, too")
     return args
 
 
