@@ -346,12 +346,24 @@ def _parameters_in_float32(
     # Both factors of the products lie along what is not summed over, and would have to be turned
     # for the units that multiply TF32: libraries do that better.
     dweights = [_library_gradient(*pair, w) for pair, w in zip(pairs, weights, strict=True)]
-    dbiases = [pairs[-1][0].flatten(0, 2).sum(0)]
+    dbiases = [_sum_of_pixels(pairs[-1][0].flatten(0, 2))]
     if sums is not None:
         total = sums.new_empty(sums.shape[1])
         sum_parts(sums[None], total)
         dbiases = [*total.split([len(weight) for weight in weights[:-1]]), *dbiases]
     return [*zip(dweights, dbiases, strict=True)]
+
+
+def _sum_of_pixels(x: Tensor) -> Tensor:
+    """(pixels, channels), summed over pixels: in two steps, where one has too few programs."""
+    share = 256
+    if len(x) % share or len(x) == share:
+        return x.sum(0)
+    parts = x.new_empty(len(x) // share, x.shape[1])
+    sum_parts(x.view(len(parts), share, -1), parts)
+    total = x.new_empty(x.shape[1])
+    sum_parts(parts[None], total)
+    return total
 
 
 def _parameters_in_half_precision(

@@ -38,6 +38,14 @@ def project_halves(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     return _Halves.apply(x.to(dtype), weight.to(dtype))
 
 
+def _turned(weight: Tensor) -> Tensor:
+    """The same, in float32 with its columns contiguous, for the gradient by a map.
+
+    The units that multiply TF32 read both factors along the channels that are summed over.
+    """
+    return weight.mT.contiguous().mT if weight.dtype == torch.float32 else weight
+
+
 class _Halves(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
@@ -50,7 +58,7 @@ class _Halves(torch.autograd.Function):
         pixels = x.flatten(0, -2)
         first, second = (dout.flatten(0, -2) for dout in douts)
         upper, lower = weight.chunk(2)
-        dx = (first @ upper).addmm_(second, lower)
+        dx = (first @ _turned(upper)).addmm_(second, _turned(lower))
         dweight = torch.empty_like(weight)
         for dout, half in zip((first, second), dweight.chunk(2), strict=True):
             torch.mm(dout.mT, pixels, out=half)
@@ -80,5 +88,5 @@ class _Fork(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         dout = dout.flatten(0, -2)
         dx = dx.contiguous()
-        dx.view(-1, dx.shape[-1]).addmm_(dout, weight)
+        dx.view(-1, dx.shape[-1]).addmm_(dout, _turned(weight))
         return dx, dout.mT @ x.flatten(0, -2)

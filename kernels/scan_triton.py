@@ -60,7 +60,7 @@ SHORTEST_CHUNK = 32
 SHORTEST_CHUNK_IN_FLOAT64 = 8
 # Elements of x up to which the backward takes all directions at once: fewer launches with fuller
 # waves, for seven times x.
-SMALL_MAP = 1 << 23
+SMALL_MAP = 1 << 25
 # Sequences, by channel, direction and picture, from which on each is walked by one thread in one
 # go, and from which on long ones are: they are enough threads then for a GPU, and nothing is
 # computed twice.
