@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backends import product_precision
 from kernels.scan_reference import ScanInputs
 from kernels.scan_triton_backward import (
     Sweep,
@@ -78,8 +79,7 @@ SUBCHUNK = 24
 TILE = 4
 SWEEP_FETCH = 1
 CARRY_AHEAD = 8
-PROJECTION_PIXELS = 64
-PROJECTION_CHANNELS = 64
+PROJECTION_WARPS = 4
 
 # The backward walks where A is fixed: channels of a thread, where the number of channels is a
 # multiple of 32 times as many, and positions fetched together. As many registers as let 12
@@ -272,6 +272,23 @@ def _strip_chunks(inputs: ScanInputs) -> tuple[Strip, int, int, int]:
     return strip, directions, *_chunks(height * width, programs, STRIP_PROGRAMS, STRIP_UNIT)
 
 
+def _projection_options(dtype: torch.dtype) -> tuple[str, int, int]:
+    """How the gradients by delta's projection multiply for maps of a dtype.
+
+    Returns the products, as `tl.dot` calls their precision, and a tile's pixels and channels.
+
+    TF32 keeps more than maps of 16 bits hold, and so does the gradient by x_dbl, which is one. In
+    float32 it has to be allowed; three products of TF32 parts keep float32's accuracy.
+    """
+    if dtype == torch.float64:
+        return "ieee", 16, 16
+    if dtype.itemsize == 2:
+        return "tf32", 128, 64
+    if product_precision(dtype) == "tf32":
+        return "tf32", 128, 32
+    return "tf32x3", 64, 64
+
+
 def _directions(x: Tensor) -> int:
     return 4 if x.numel() <= SMALL_MAP else 1
 
@@ -411,9 +428,7 @@ def scan_2d_backward(
         num_parts = triton.cdiv(dim, 32)
         chunk_size, num_chunks = _chunks(length, blocks * batch, BACKWARD_PROGRAMS, SUBCHUNK)
         num_subchunks = chunk_size // SUBCHUNK
-    pixels, channels = PROJECTION_PIXELS, PROJECTION_CHANNELS
-    if accumulator == torch.float64:
-        pixels, channels = 16, 16
+    products, pixels, channels = _projection_options(x.dtype)
     num_tiles = triton.cdiv(batch * length, pixels)
 
     def buffer(*shape):
@@ -486,7 +501,8 @@ def scan_2d_backward(
                 dz, x_dbl, dt_projs_weight, dBC_parts, dx_dbl, parts, batch * length, k,
                 DIM=dim, DSTATE=dstate, RANK=rank, CHANNELS=channels,
                 PADDED_DSTATE=walk.PADDED_DSTATE, PADDED_RANK=max(16, walk.PADDED_RANK),
-                PIXELS=pixels, NUM_PARTS=num_parts, ACC=acc, num_warps=4,
+                PIXELS=pixels, NUM_PARTS=num_parts, ACC=acc, PRODUCTS=products,
+                num_warps=PROJECTION_WARPS,
             )  # fmt: skip
             sum_parts(parts, dW[done], dbias[done])
             if wants_dA:

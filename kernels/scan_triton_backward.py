@@ -558,6 +558,7 @@ def projection_kernel(
     PIXELS: tl.constexpr,
     NUM_PARTS: tl.constexpr,
     ACC: tl.constexpr,
+    PRODUCTS: tl.constexpr,  # as `tl.dot` calls their precision
 ):
     """Back through z = W r + bias, the projection of delta, to the gradient of a row of x_dbl."""
     ROW: tl.constexpr = RANK + 2 * DSTATE
@@ -579,9 +580,9 @@ def projection_kernel(
         b_W = tl.load(p_W, mask=m_cr, other=0.0).to(ACC)  # [CH, R]
         p_dz = dz + (i_k * num_rows.to(tl.int64) + o_p[:, None]) * DIM + o_c[None, :]
         b_dz = tl.load(p_dz, mask=m_p[:, None] & m_c[None, :], other=0.0).to(ACC)  # [PIXELS, CH]
-        b_dr += _dot(b_dz, b_W)
+        b_dr += _dot(b_dz, b_W, PRODUCTS)
         p_parts = parts + (i_k * tl.num_programs(0) + i_p).to(tl.int64) * (DIM * RANK + DIM)
-        b_dW = _dot(tl.trans(b_dz), b_r)
+        b_dW = _dot(tl.trans(b_dz), b_r, PRODUCTS)
         tl.store(p_parts + o_c[:, None] * RANK + o_r[None, :], b_dW, mask=m_cr)
         tl.store(p_parts + DIM * RANK + o_c, tl.sum(b_dz, axis=0), mask=m_c)
     tl.store(dx_dbl + o_pr, b_dr.to(dx_dbl.dtype.element_ty), mask=m_pr)
@@ -598,9 +599,8 @@ def projection_kernel(
 
 
 @triton.jit
-def _dot(b_x, b_y):
+def _dot(b_x, b_y, PRODUCTS: tl.constexpr):
     if b_x.dtype == tl.float64:
         return tl.sum(b_x[:, :, None] * b_y[None, :, :], axis=1)
     else:
-        # Three products of tf32 parts keep float32's accuracy.
-        return tl.dot(b_x, b_y, input_precision="tf32x3")
+        return tl.dot(b_x, b_y, input_precision=PRODUCTS)
