@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 
 from utils import UsageError
 
-from .weights import MAX_PART_BYTES, PART_PATTERN, index_path, read_weights, sha256, write_weights
+from .weights import (
+    MAX_PART_BYTES,
+    PART_PATTERN,
+    index_path,
+    read_weights,
+    sha256,
+    to_bytes,
+    write_weights,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -118,6 +126,7 @@ def save_weights(
     path: Path,
     exact: Iterable[str] = (),
     max_part_bytes: int = MAX_PART_BYTES,
+    in_bytes: bool = False,
 ) -> bool:
     """Write a checkpoint's weights, tables, configuration and any step as safetensors.
 
@@ -130,6 +139,7 @@ def save_weights(
         path: of a single file; of a larger one than ``max_part_bytes`` there are parts beside it,
             and their index (`find_checkpoint` gives the one that is there).
         exact: names of further layers to keep as they are.
+        in_bytes: round weights to one byte where half precision takes two (`weights.to_bytes`).
 
     Returns:
         Whether rounding changed the model's fingerprint: what was coded with the checkpoint then
@@ -149,8 +159,12 @@ def save_weights(
     for key, value in checkpoint["state_dict"].items():
         half = value.half() if value.is_floating_point() else value
         is_exact = key.startswith(prefixes) or (key.endswith(".A_logs") and is_fixed(value))
-        kept = value if is_exact or not half.isfinite().all() else half
-        state_dict[key] = kept.contiguous()
+        is_kept = is_exact or not half.isfinite().all()
+        kept = (value if is_kept else half).contiguous()
+        if in_bytes and value.is_floating_point() and not is_kept:
+            state_dict |= to_bytes(key, kept)
+        else:
+            state_dict[key] = kept
     metadata = {k: checkpoint[k] for k in ("model", "model_args", "step") if k in checkpoint}
     write_weights(state_dict, metadata, path, max_part_bytes)
     return fingerprint(state_dict) != fingerprint(checkpoint["state_dict"])

@@ -25,6 +25,8 @@ MAX_INDEX_BYTES = 2**24  # a hundred times that of the full network
 # What a header has for a tensor beside its name, and for all of a part, at the most.
 ENTRY_BYTES = 200
 HEADER_BYTES = 512
+SCALES = "/scales"  # after the name of a tensor in bytes; names of weights have no slash
+LEAST_ROW = 64  # values that share a scale of four bytes
 
 _DIGITS = "[0-9]" * 5
 PART_PATTERN = f"-{_DIGITS}-of-{_DIGITS}.safetensors"  # as a glob, after the name of the whole
@@ -42,6 +44,35 @@ def sha256(path: Path) -> str:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def to_bytes(name: str, value: Tensor) -> dict[str, Tensor]:
+    """A tensor in whole numbers of one byte, -127 to 127, and a scale for each of its rows.
+
+    A row is of its last dimensions, of as few as make 64 values; a tensor that has no such rows
+    stays as it is. A value is off by at most 1/254 of the largest of its row.
+    """
+    for i in range(value.ndim - 1, 0, -1):
+        if value.shape[i:].numel() >= LEAST_ROW:
+            scales = value.float().abs().amax([*range(i, value.ndim)], keepdim=True) / 127
+            # A row of zeros is divided by anything but zero.
+            whole = (value / scales.where(scales > 0, 1)).round().char()
+            return {name: whole, name + SCALES: scales}
+    return {name: value}
+
+
+def _from_bytes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `to_bytes` made of tensors, in float32 again.
+
+    Raises:
+        KeyError: a tensor lacks its scales.
+        RuntimeError: they do not go with its shape.
+    """
+    import torch
+
+    for name in [name for name, value in state_dict.items() if value.dtype == torch.int8]:
+        state_dict[name] = state_dict[name] * state_dict.pop(name + SCALES)
+    return state_dict
 
 
 def write_weights(
@@ -109,7 +140,7 @@ def _write_parts(
 
 
 def read_weights(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """What `write_weights` wrote: metadata and tensors, those of half precision in float32.
+    """What `write_weights` wrote: metadata and tensors, those of fewer bits in float32.
 
     Args:
         path: of the single file, or of the index.
@@ -119,13 +150,14 @@ def read_weights(path: Path) -> tuple[dict, dict[str, Tensor]]:
         Exception: of many types, where a file is damaged.
     """
     if path.suffix == ".json":
-        return _read_parts(path)
+        metadata, state_dict = _read_parts(path)
+        return metadata, _from_bytes(state_dict)
     texts, state_dict = _read_file(path)
     if "part_of" in texts:
         raise UsageError(
             f"{path} is one part of a checkpoint; give the index of all, {texts['part_of']!r:.80}"
         )
-    return {**texts, "model_args": json.loads(texts["model_args"])}, state_dict
+    return {**texts, "model_args": json.loads(texts["model_args"])}, _from_bytes(state_dict)
 
 
 def _read_parts(index: Path) -> tuple[dict, dict[str, Tensor]]:

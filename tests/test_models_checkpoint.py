@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from conftest import TINY, gained_model, save_checkpoint, tiny_model
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from models import Coder, build_model, checkpoint, load_model
@@ -74,6 +75,44 @@ def test_saved_weights_are_those_of_the_checkpoint_in_half_precision(state, tmp_
             assert torch.equal(value, expected.half().float()), key
     stored = load_file(path)
     assert stored["g_a.0.weight"].dtype == torch.float16
+
+
+def test_weights_of_one_byte_are_near_those_of_the_checkpoint(state, tmp_path):
+    """Whole or in parts, where a tensor and its scales may be in two of them."""
+    whole, parts = tmp_path / "whole.safetensors", tmp_path / "parts.safetensors"
+    name = "g_a.0.weight"
+    state["state_dict"][name][0] = 0  # a row that has no scale
+    state["state_dict"][name][1] *= 1e-3  # and one that needs its own
+    checkpoint.save_weights(state, whole, in_bytes=True)
+    checkpoint.save_weights(state, parts, max_part_bytes=400_000, in_bytes=True)
+    assert load_file(whole)[name].dtype == torch.int8
+    model, other = load_model(whole).state_dict(), load_model(parts).state_dict()
+    for key, value in model.items():
+        assert torch.equal(value, other[key]), key
+        expected = state["state_dict"][key]
+        assert value.dtype == expected.dtype
+        if key.startswith(("entropy_bottleneck.", "gaussian_conditional.")):
+            assert torch.equal(value, expected), key
+        else:
+            # Half a step of 1/127 of the largest, and half precision before that.
+            assert (value - expected).abs().max() <= (1 / 254 + 1e-3) * expected.abs().max(), key
+    rows, expected = model[name].flatten(1), state["state_dict"][name].flatten(1)
+    assert ((rows - expected).abs().amax(1) <= (1 / 254 + 1e-3) * expected.abs().amax(1)).all()
+
+
+@pytest.mark.parametrize("change", ["missing", "too few"])
+def test_weights_of_one_byte_without_their_scales_are_refused(state, tmp_path, change):
+    path = tmp_path / "tiny.safetensors"
+    checkpoint.save_weights(state, path, in_bytes=True)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    stored = load_file(path)
+    scales = stored.pop("g_a.0.weight/scales")
+    if change == "too few":
+        stored["g_a.0.weight/scales"] = scales[:-1].clone()
+    save_file(stored, path, metadata)
+    with pytest.raises(UsageError, match="damaged"):
+        checkpoint.load_checkpoint(path)
 
 
 def test_gains_are_kept_exactly(tmp_path):

@@ -175,3 +175,5 @@ def test_what_no_training_goes_on_from_is_refused(tmp_path, checkpoint):
     output = str(tmp_path / "x.safetensors")
     with pytest.raises(UsageError, match="--for-training needs a run's latest checkpoint"):
         export.main([checkpoint, output, "--for-training"])
+    with pytest.raises(UsageError, match="--weight-bytes 1 is for --for-training only"):
+        export.main([checkpoint, output, "--weight-bytes", "1"])

@@ -76,6 +76,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "(--ema): from them `train.py --continue_train --checkpoint OUTPUT` goes on elsewhere",
     )
     parser.add_argument(
+        "--weight-bytes",
+        type=int,
+        choices=[1, 2],
+        default=2,
+        help="1 is half the size, off by up to 1/254 of the largest weight of a row: for "
+        "--for-training, which evens that out (default: 2, half precision)",
+    )
+    parser.add_argument(
         "--max-part-size",
         type=file_size,
         default=MAX_PART_BYTES,
@@ -95,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output.suffix != ".safetensors":
         parser.error(f"the output must end in .safetensors, got {args.output}")
     utils.check_output(args.output)
+    if args.weight_bytes == 1 and not args.for_training:
+        raise utils.UsageError("--weight-bytes 1 is for --for-training only; give both, or neither")
     record_path = args.output.with_suffix(".json")
     if args.record is not None and record_path.exists():
         raise utils.UsageError(f"{record_path} exists; rename it, or give another output")
@@ -130,7 +140,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "state_dict": model.state_dict(),
         }
     is_for_coding = args.quality is None and not args.for_training
-    changed = save_weights(checkpoint, args.output, exact, args.max_part_size)
+    in_bytes = args.weight_bytes == 1
+    changed = save_weights(checkpoint, args.output, exact, args.max_part_size, in_bytes)
     if changed and is_for_coding:
         print(
             "rounding to half precision changed the model's fingerprint: what was coded with "
