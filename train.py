@@ -22,13 +22,14 @@ from torch.optim import Optimizer
 
 import models
 import utils
-from kernels.graphs import GraphedGradients, GraphedUpdate
+from kernels.graphs import GraphedPasses, GraphedUpdate
 from models.checkpoint import load_checkpoint
 from training import data, state
 from training.criterion import RateDistortionLoss, draw_qualities, rate_weight
 from training.crops import CropSampler, patch_schedule, scheduled_size
 from training.data import as_input
 from training.distributed import Processes
+from training.gradients import FlatGradients
 from training.log import Measured, RunLog
 from training.optim import (
     first_cooldown_step,
@@ -197,6 +198,10 @@ class Step:
         self.captured_shape: torch.Size | None = None
         self.net = self.processes.wrap(self.model, average=not self.graphs)
         self.forward = LowPrecision(self.net) if self.amp else self.net
+        if self.graphs:
+            aux_parameters = [p for g in self.aux_optimizer.param_groups for p in g["params"]]
+            self.net_gradients = FlatGradients(self.net_parameters)
+            self.aux_gradients = FlatGradients(aux_parameters)
 
     def __call__(self, batches: Sequence[Tensor], stop: threading.Event | None = None) -> Measured:
         """Take a step on the mean loss of batches, unless it is not finite.
@@ -207,10 +212,11 @@ class Step:
         """
         if self.graphs:
             measured = self._replay(*batches)
+            norm = self.net_gradients.clip(self.clip)
         else:
             parts = len(batches)
             measured = sum(self._backward(x, parts, i == parts) for i, x in enumerate(batches, 1))
-        norm = nn.utils.clip_grad_norm_(self.net_parameters, self.clip)
+            norm = nn.utils.clip_grad_norm_(self.net_parameters, self.clip)
 
         # The only point at which the host waits for the device. A value that is not finite on
         # one process is so in the sum, and all decide alike.
@@ -220,8 +226,8 @@ class Step:
         is_finite = math.isfinite(loss) and math.isfinite(norm)
         if is_finite and self.graphs:
             self.graphed_update()
-        for optimizer in self.optimizers:
-            if is_finite and not self.graphs:
+        for optimizer in () if self.graphs else self.optimizers:
+            if is_finite:
                 optimizer.step()
             optimizer.zero_grad()
         suspect = not is_finite and (math.isfinite(loss) or not measured[0].isfinite().item())
@@ -255,14 +261,24 @@ class Step:
     def _replay(self, pixels: Tensor) -> Tensor:
         """`_backward` of a step's only batch from a CUDA graph, which is captured at first."""
         pixels = pixels.to(self.processes.device, non_blocking=True)
+        if self.captured_shape is None:
+            self.graphed_update = GraphedUpdate(self.optimizers)
         if pixels.shape != self.captured_shape:
-            parameters = list(self.model.parameters())
-            self.graphed_backward = GraphedGradients(self._backward, parameters, pixels)
-            self.graphed_update = GraphedUpdate(self.optimizers)  # of gradients in a new place
+            self.graphed_passes = GraphedPasses(self._flat_backward, pixels)
             self.captured_shape = pixels.shape
-        measured = self.graphed_backward(pixels)
+        measured = self.graphed_passes(pixels)
         # A replay runs no hooks, by which other backward passes average them.
-        self.processes.average([p.grad for p in self.model.parameters() if p.grad is not None])
+        for gradients in (self.net_gradients, self.aux_gradients):
+            self.processes.average(gradients.vector)
+        return measured
+
+    def _flat_backward(self, pixels: Tensor) -> Tensor:
+        """`_backward`, with the gradients in their vectors."""
+        for gradients in (self.net_gradients, self.aux_gradients):
+            gradients.clear()
+        measured = self._backward(pixels)
+        for gradients in (self.net_gradients, self.aux_gradients):
+            gradients.take()
         return measured
 
 

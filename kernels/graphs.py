@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
 WARM_UP_CALLS = 3  # compilation, tuning and allocation happen here, which a capture cannot hold
@@ -51,24 +50,19 @@ def _beside(stream: torch.cuda.Stream, i: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(stream.device)
 
 
-class GraphedGradients:
-    """A function that adds the gradients of a batch, as a CUDA graph.
+class GraphedPasses:
+    """A function that runs forward and backward passes of a batch, as a CUDA graph.
 
     A network of many small kernels spends most of a step waiting for the host to launch them. A
     replay launches all of them at once. Random numbers still differ from call to call.
 
     Args:
-        function: takes a batch, runs a forward and a backward pass, returns a tensor.
-        parameters: whose gradients it adds to; they are cleared here and set by each call.
+        function: takes a batch and returns a tensor. Gradients stay where it puts them: it clears
+            those of the parameters at first, and moves new ones out of the graph's own memory.
         example: a batch; all later ones have its shape, dtype and strides.
     """
 
-    def __init__(
-        self,
-        function: Callable[[Tensor], Tensor],
-        parameters: Sequence[Parameter],
-        example: Tensor,
-    ):
+    def __init__(self, function: Callable[[Tensor], Tensor], example: Tensor):
         # A replay reads and writes the memory of all that the function refers to.
         self.function = function
         self.batch = example.clone()
@@ -79,21 +73,15 @@ class GraphedGradients:
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_CALLS):
                 function(self.batch)
-                for parameter in parameters:
-                    parameter.grad = None
         torch.cuda.current_stream(example.device).wait_stream(stream)
         torch.cuda.set_rng_state(random_state, example.device)
         with _capture(self.graph, torch.cuda.Stream(example.device)):
             self.result = function(self.batch)
-        # Captured without a gradient to add to, a replay overwrites these.
-        self.gradients = [(p, p.grad) for p in parameters if p.grad is not None]
 
     def __call__(self, batch: Tensor) -> Tensor:
-        """Set the gradients of this batch; the result is overwritten by the next call."""
+        """Run the passes on this batch; the result is overwritten by the next call."""
         self.batch.copy_(batch)
         self.graph.replay()
-        for parameter, gradient in self.gradients:
-            parameter.grad = gradient
         return self.result
 
 

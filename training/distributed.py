@@ -86,17 +86,11 @@ class Processes:
                 dist.broadcast(tensor, src=0)
             increment_version(tensors)  # which a broadcast does not
 
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """Replace tensors of one dtype by their means over all processes."""
-        if self.world_size == 1:
-            return
-        numbers = [_in_memory_order(tensor) for tensor in tensors]
-        flat = torch.cat([each.flatten() for each in numbers])  # one message for all
-        dist.all_reduce(flat)
-        flat /= self.world_size
-        means = flat.split([each.numel() for each in numbers])
-        means = [part.view(each.shape) for part, each in zip(means, numbers, strict=True)]
-        torch._foreach_copy_(numbers, means)
+    def average(self, tensor: Tensor) -> None:
+        """Replace a tensor by its mean over all processes."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+            tensor /= self.world_size
 
     def sum(self, values: Tensor) -> list[float]:
         """Sum of a vector over all processes."""
@@ -143,15 +137,3 @@ class GlobalDraws(TorchFunctionMode):
         dim = 2 if own.ndim == 3 else 0
         whole = func(torch.cat([own] * self.world_size, dim=dim), *parameters, **kwargs)
         return own.copy_(whole.narrow(dim, self.rank * own.shape[dim], own.shape[dim]))
-
-
-def _in_memory_order(tensor: Tensor) -> Tensor:
-    """The numbers of a dense tensor as they lie in memory, and any other tensor as it is.
-
-    A kernel copies many vectors at a time, but not tensors of different strides: a convolution's
-    gradient lies channels last.
-    """
-    formats = [torch.contiguous_format] + [torch.channels_last] * (tensor.dim() == 4)
-    if any(tensor.is_contiguous(memory_format=each) for each in formats):
-        return tensor.as_strided((tensor.numel(),), (1,))
-    return tensor
