@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import SHALLOW
 from PIL import Image
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import models
@@ -253,17 +254,20 @@ def test_cooldown_may_come_at_any_point_of_a_run(flags, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("weight_bytes", "largest_change"),
+    ("weight_bytes", "dtype", "largest_change"),
     # Two steps of at most 2e-3, from weights of about 1 that were moved by 1/2,048, or 1/254.
-    [(2, 5e-3), (1, 9e-3)],
+    [(2, torch.float16, 5e-3), (1, torch.int8, 9e-3)],
 )
-def test_run_goes_on_elsewhere_from_weights_and_step(flags, tmp_path, weight_bytes, largest_change):
+def test_run_goes_on_elsewhere_from_weights_and_step(
+    flags, tmp_path, weight_bytes, dtype, largest_change
+):
     """In another folder, with optimisers that start anew, and crops that follow."""
     options = ["--optimizer", "muon", "--warmup-steps", "1"]
     main(flags("here", *options, "--ema", "0.9", steps=2))
     latest = tmp_path / "here" / "0.05" / "checkpoint_latest.pth.tar"
     piece = tmp_path / "piece.safetensors"
     export.main([str(latest), str(piece), "--for-training", "--weight-bytes", str(weight_bytes)])
+    assert load_file(piece)["g_a.0.weight"].dtype == dtype
     main(flags("there", *options, "--checkpoint", str(piece), "--continue_train", steps=4))
     folder = tmp_path / "there" / "0.05"
     log = (folder / "train.log").read_text()
@@ -283,6 +287,35 @@ def test_run_goes_on_elsewhere_from_weights_and_step(flags, tmp_path, weight_byt
     export.main([str(latest), str(piece)])
     main(flags("use", "--checkpoint", str(piece), "--continue_train", "--no-save", steps=1))
     assert "starting at step 0" in (tmp_path / "use" / "0.05" / "train.log").read_text()
+
+
+def test_run_does_not_go_back_behind_a_piece_that_is_given(flags, tmp_path):
+    main(flags("here", steps=3))
+    piece = tmp_path / "piece.safetensors"
+    export.main(
+        [str(tmp_path / "here/0.05/checkpoint_latest.pth.tar"), str(piece), "--for-training"]
+    )
+    onwards = ["--checkpoint", str(piece), "--continue_train"]
+    main(flags("there", steps=1))
+    with pytest.raises(UsageError, match="is of step 3, later than step 1 of the run in"):
+        main(flags("there", *onwards, steps=4))
+    assert load(tmp_path / "there")["step"] == 1
+    # The same command again, after it was killed, goes on with what it has reached.
+    for steps in (4, 5):
+        main(flags("new", *onwards, steps=steps))
+        assert load(tmp_path / "new")["step"] == steps
+    assert "step 4, not from" in (tmp_path / "new" / "0.05" / "train.log").read_text()
+
+
+def test_run_goes_back_to_its_own_state_only(flags, tmp_path):
+    """Where another run's lies in the place of the one that its cool-down began from."""
+    options = ["--schedule", "wsd", "--cooldown-shape", "linear"]
+    main(flags("run", *options, "--cooldown-steps", "1", steps=3))
+    main(flags("run", *options, "--cooldown-steps", "1", "--seed", "9", steps=2))
+    (earlier,) = (tmp_path / "run" / "0.05").glob("*-checkpoint_latest*")
+    onwards = ["--checkpoint", str(earlier), "--continue_train"]
+    with pytest.raises(UsageError, match=r"began at step 2, and .* is of step 1, of"):
+        main(flags("run", *options, *onwards, "--cooldown-steps", "1", steps=4))
 
 
 def test_run_goes_on_on_another_kind_of_device(flags, tmp_path):

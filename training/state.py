@@ -106,6 +106,9 @@ def find_checkpoint(folder: Path, checkpoint: Path | None, continue_train: bool)
 
     A command that is given again after its run was killed goes on with that run, also where
     --checkpoint says how it began; a checkpoint of the run itself is taken as asked.
+
+    Raises:
+        UsageError: the file is of a later step than the run whose folder this is.
     """
     if not continue_train:
         return checkpoint
@@ -116,7 +119,13 @@ def find_checkpoint(folder: Path, checkpoint: Path | None, continue_train: bool)
         if checkpoint is None:
             return latest
         if checkpoint.resolve().parent != folder.resolve():
-            logger.info("going on from %s, which is later than %s", latest, checkpoint)
+            reached, given = (load_checkpoint(file).get("step", 0) for file in (latest, checkpoint))
+            if given > reached:
+                raise UsageError(
+                    f"{checkpoint} is of step {given}, later than step {reached} of the run in "
+                    f"{folder}; give another --save_path, or leave out --checkpoint"
+                )
+            logger.info("going on from %s, step %d, not from %s", latest, reached, checkpoint)
             return latest
     elif checkpoint is None:
         logger.info("nothing to go on from in %s: starting at step 0", folder)
@@ -140,9 +149,16 @@ def before_cooldown(checkpoint: dict, source: Path, cooldown_start: float) -> tu
     began = checkpoint.get("cooldown_from")
     if began is None or cooldown_start <= began:
         return checkpoint, source
-    source = checkpoint_path(source.parent, "stable")
+    stable = checkpoint_path(source.parent, "stable")
+    kept = load_checkpoint(stable)
+    if kept.get("step") != began:
+        raise UsageError(
+            f"the cool-down of {source} began at step {began}, and {stable} is of step "
+            f"{kept.get('step')}, of another run; give the *checkpoint_stable of step {began} as "
+            "--checkpoint"
+        )
     logger.info("going back to before the cool-down that began at step %d", began)
-    return load_checkpoint(source), source
+    return kept, stable
 
 
 def build_model(
@@ -184,9 +200,11 @@ def build_model(
         )
     for key, value in wanted.items():
         if value != found[key]:
+            # A network of every rate is trained as one only where it is asked for.
+            advice = f"give {found[key]}" if key == "qualities" else f"leave out --{key}"
             raise UsageError(
                 f"--{key} {value} does not fit the checkpoint, whose {key} is {found[key]}; "
-                f"leave out --{key}"
+                f"{advice}"
             )
     return found["model"], model.to(device).train()
 
@@ -324,10 +342,11 @@ class Run:
         now = {**self.flags, "global_batch": self.global_batch}
         for key in ("optimizer", "fixed_A", "global_batch", "qualities"):
             if now[key] != before[key]:
+                product = " (processes x --batch-size x --accumulate)"
                 raise UsageError(
                     f"the run cannot go on with another {key}: it was {before[key]} and is now "
-                    f"{now[key]} (global_batch: processes x --batch-size x --accumulate); leave "
-                    "out --continue_train to start a new run from its weights"
+                    f"{now[key]}{product if key == 'global_batch' else ''}; leave out "
+                    "--continue_train to start a new run from its weights"
                 )
         self.model.load_state_dict(checkpoint["net"])
         if self.ema:  # it starts from the weights of a run that kept none
