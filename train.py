@@ -100,7 +100,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="default: 1e-4 for adam, 2e-3 for muon")
     add("--fixed-A", action="store_true",
         help="leave the scans' A at its first values, to which that of --checkpoint is set back: "
-        "they have a faster kernel (not with --compile)")
+        "they have a faster kernel, which --compile does not take")
     add("--aux-learning-rate", type=positive_float, default=1e-3,
         help="of the entropy bottleneck's quantiles (default: 1e-3)")
     add("--schedule", choices=["multistep", "cosine", "wsd"], default="multistep",
@@ -264,6 +264,7 @@ class Step:
         if self.captured_shape is None:
             self.graphed_update = GraphedUpdate(self.optimizers)
         if pixels.shape != self.captured_shape:
+            self.graphed_passes = None  # its memory is free before the next one takes its own
             self.graphed_passes = GraphedPasses(self._flat_backward, pixels)
             self.captured_shape = pixels.shape
         measured = self.graphed_passes(pixels)

@@ -169,11 +169,12 @@ class Replay:
             self.seen.add(key)
             yield from function(*args)
             return
-        # One in which an exception was raised is not put back.
         recording = self.recordings.pop(key, None) or _Recording(function, args, self)
         recording.fill(args)
         sent = None
         for i in itertools.count():
+            # One in which an exception is raised is not put back: its generator has ended.
+            self.recordings.pop(key, None)
             result = recording.replay(i, sent)
             self.recordings[key] = recording
             sent = yield result

@@ -22,8 +22,9 @@ def tiny() -> models.SliceHyperprior:
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 def test_graphed_steps_are_the_eager_steps(optimizer):
-    """Seven steps: three are warm-up, the rest replays; the learning rate changes at each."""
-    batches = torch.rand(7, 2, 3, 64, 64, device="cuda")
+    """Of two sizes: three are warm-up, the rest replays; the learning rate changes at each."""
+    sizes = [64] * 5 + [128] * 4
+    batches = [torch.rand(2, 3, size, size, device="cuda") for size in sizes]
 
     def train(graphed: bool) -> tuple[torch.Tensor, torch.Tensor]:
         model = tiny().eval()  # no noise: both runs see the same loss
@@ -46,14 +47,16 @@ def test_graphed_steps_are_the_eager_steps(optimizer):
                 each.step()
 
         if graphed:
-            gradients = GraphedPasses(gradients, batches[0])
             update = GraphedUpdate(optimizers)
+        take, shape = gradients, None
         losses = []
         for step, x in enumerate(batches):
             for each in optimizers:
                 for group in each.param_groups:
                     group["lr"] = 1e-3 / (1 + step)
-            losses.append(gradients(x).clone())
+            if graphed and x.shape != shape:
+                take, shape = GraphedPasses(gradients, x), x.shape
+            losses.append(take(x).clone())
             update()
         assert all(isinstance(g["lr"], float) for each in optimizers for g in each.param_groups)
         return torch.cat([p.detach().flatten() for p in model.parameters()]), torch.stack(losses)
@@ -173,6 +176,28 @@ def test_replay_goes_on_after_it_forgot():
         if size == 4:
             replay.forget()
         torch.testing.assert_close(replay(torch.mm, x, x), x @ x)
+
+
+def test_replay_goes_on_after_an_error():
+    """Such as of memory, in any stretch of a function."""
+    fails: list[bool] = []
+
+    def stretches(x):
+        yield x + 1
+        if fails.pop():
+            raise RuntimeError("no room")
+        yield x + 2
+
+    replay = Replay()
+    x = torch.zeros(3, device="cuda")
+    for call in range(4):
+        fails.append(call == 1)  # where it is to be recorded
+        if call == 1:
+            with pytest.raises(RuntimeError, match="no room"):
+                list(replay.stretches(stretches, x))
+        else:
+            first, second = [each.clone() for each in replay.stretches(stretches, x)]
+            assert first.sum() == 3 and second.sum() == 6
 
 
 def test_objects_share_no_graph():
