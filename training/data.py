@@ -31,7 +31,8 @@ class Batch(NamedTuple):
     """A training crop, or several that the loader has put together.
 
     ``pixels``: uint8 (height, width, 3), of several with a dimension before it. ``names`` of the
-    files, and ``problems``: a line for each that could not be read in their place.
+    files, and ``problems``: a line for each that could not be read in their place. Without names,
+    none could be read.
     """
 
     pixels: Tensor
@@ -186,7 +187,7 @@ class Crops(Dataset):
                 crop = pixels.reshape(-1, 3).take(rows[:, None] + columns, axis=0)
                 return Batch(torch.from_numpy(crop), [self.pictures.files[index].name], problems)
             problems.append(pixels)
-        raise DataError(f"no training picture can be read any more; the last: {problems[-1]}")
+        return Batch(torch.empty(0), [], problems)
 
     def cut(self, keys: Sequence[CropKey]) -> Batch:
         """A batch of crops of one size of `CachedPictures`, cut on the device that keeps them.
@@ -210,9 +211,19 @@ class Crops(Dataset):
 
 
 def _collate(crops: Sequence[Batch]) -> Batch:
+    for crop in crops:
+        if not crop.names:
+            return crop
     pixels, names, problems = zip(*crops, strict=True)
     chain = itertools.chain.from_iterable
     return Batch(torch.stack(pixels), list(chain(names)), list(chain(problems)))
+
+
+def _read(batch: Batch) -> Batch:
+    # Raised by a worker, the error would come with a traceback for its text.
+    if not batch.names:
+        raise DataError(f"no training picture can be read any more; the last: {batch.problems[-1]}")
+    return batch
 
 
 def _start_worker(worker: int) -> None:
@@ -254,6 +265,7 @@ def training_batches(
 
     Those of `CachedPictures` are cut where the pictures are kept, in less time than it takes to
     hand them from one process to another; others are read ahead by worker processes (0: none).
+    They end with a DataError where no picture can be read any more.
     """
     if isinstance(crops.pictures, CachedPictures):
         batches = map(crops.cut, sampler)
@@ -265,7 +277,7 @@ def training_batches(
         crops, workers, batch_sampler=sampler, collate_fn=_collate, pin_memory=pin_memory
     )
     with _reading(loader) as batches:
-        yield batches
+        yield map(_read, batches)
 
 
 def pad_to(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
