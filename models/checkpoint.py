@@ -59,6 +59,8 @@ def find_checkpoint(name: Path | str) -> Path:
         for file in (path, index_path(path)):
             if os.path.isfile(file):  # unlike Path.is_file, also of names too long for a file
                 return file
+    if os.path.isdir(name):
+        raise UsageError(f"{name} is a folder; give a file of weights in it")
     names = ", ".join(list_checkpoints())
     raise UsageError(
         f"checkpoint {name} does not exist; give a file that train.py saved"

@@ -52,13 +52,21 @@ def to_bytes(name: str, value: Tensor) -> dict[str, Tensor]:
     A row is of its last dimensions, of as few as make 64 values; a tensor that has no such rows
     stays as it is. A value is off by at most 1/254 of the largest of its row.
     """
+    dims = _row_dims(value)
+    if not dims:
+        return {name: value}
+    scales = value.float().abs().amax(dims, keepdim=True) / 127
+    # A row of zeros is divided by anything but zero.
+    whole = (value / scales.where(scales > 0, 1)).round().char()
+    return {name: whole, name + SCALES: scales}
+
+
+def _row_dims(value: Tensor) -> list[int]:
+    """Dimensions of a row of `to_bytes`; none where a tensor has no rows."""
     for i in range(value.ndim - 1, 0, -1):
         if value.shape[i:].numel() >= LEAST_ROW:
-            scales = value.float().abs().amax([*range(i, value.ndim)], keepdim=True) / 127
-            # A row of zeros is divided by anything but zero.
-            whole = (value / scales.where(scales > 0, 1)).round().char()
-            return {name: whole, name + SCALES: scales}
-    return {name: value}
+            return [*range(i, value.ndim)]
+    return []
 
 
 def _from_bytes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -66,12 +74,16 @@ def _from_bytes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 
     Raises:
         KeyError: a tensor lacks its scales.
-        RuntimeError: they do not go with its shape.
+        ValueError: they are not one for each row.
     """
     import torch
 
     for name in [name for name, value in state_dict.items() if value.dtype == torch.int8]:
-        state_dict[name] = state_dict[name] * state_dict.pop(name + SCALES)
+        whole, scales = state_dict[name], state_dict.pop(name + SCALES)
+        rows = _row_dims(whole)
+        if scales.shape != tuple(1 if i in rows else n for i, n in enumerate(whole.shape)):
+            raise ValueError(f"{name} has scales of shape {tuple(scales.shape)}")
+        state_dict[name] = whole * scales
     return state_dict
 
 
@@ -87,10 +99,8 @@ def write_weights(
         path: of the single file.
         max_part_bytes: a tensor that is larger by itself is a part by itself.
     """
-    from safetensors.torch import save
-
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in metadata.items()}
-    data = save(state_dict, texts)
+    data = _to_data(state_dict, texts)
     if len(data) <= max_part_bytes:
         # The function of safetensors that writes files makes ones that others cannot read.
         with atomic_write(path) as temporary:
@@ -104,12 +114,24 @@ def write_weights(
         old.unlink(missing_ok=True)
 
 
+def _to_data(state_dict: dict[str, Tensor], texts: dict[str, str]) -> bytes:
+    """A safetensors file. safetensors writes metadata in any order, we in one: equal weights have
+    equal hashes."""
+    from safetensors.torch import save
+
+    data = save(state_dict, texts)
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    header["__metadata__"] = dict(sorted(texts.items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return b"".join([len(text).to_bytes(8, "little"), text, data[start:]])
+
+
 def _write_parts(
     state_dict: dict[str, Tensor], metadata: dict, path: Path, max_part_bytes: int
 ) -> set[Path]:
     """Returns the files written."""
-    from safetensors.torch import save
-
     parts, size = [{}], HEADER_BYTES
     for key, value in state_dict.items():
         stored = value.nbytes + len(json.dumps(key)) + ENTRY_BYTES
@@ -120,14 +142,14 @@ def _write_parts(
         size += stored
     index = index_path(path)
     hashes, weight_map = {}, {}
-    # All are written before the first takes its place, and the index takes its own last: a process
-    # that dies on the way leaves what was there before.
+    # All are written before the first takes its place, and the index takes its own last. A process
+    # that dies while they do leaves parts that the index does not vouch for, and loading says so.
     with contextlib.ExitStack() as stack:
         temporary_index = stack.enter_context(atomic_write(index))
         for i, tensors in enumerate(parts, 1):
             part = path.with_name(f"{path.stem}-{i:05}-of-{len(parts):05}.safetensors")
             temporary = stack.enter_context(atomic_write(part))
-            temporary.write_bytes(save(tensors, {"part_of": index.name}))
+            temporary.write_bytes(_to_data(tensors, {"part_of": index.name}))
             hashes[part.name] = sha256(temporary)
             weight_map |= dict.fromkeys(tensors, part.name)
         total_size = sum(value.nbytes for value in state_dict.values())
