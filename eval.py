@@ -334,7 +334,7 @@ def as_curve(runs: Sequence[Run], folder: Path, how: str, precision: torch.dtype
         rows = itertools.chain.from_iterable(zip(*run.points, strict=True))
         images += [of_several | without_infinity(row) for row in rows]
     return {
-        "name": Path(names[0]).name,
+        "name": _curve_name(Path(names[0])),
         "description": f"{', '.join(names)} on {folder}, {len(runs[0].points[0])} pictures, {how}",
         "results": ({"quality": qualities} if qualities else {})
         | {key: [mean.get(key) for mean in means] for key in means[0]},
@@ -342,6 +342,13 @@ def as_curve(runs: Sequence[Run], folder: Path, how: str, precision: torch.dtype
         "skipped": runs[0].skipped,
         "config": {"precision": name_of(precision)},
     }
+
+
+def _curve_name(checkpoint: Path) -> str:
+    """What a checkpoint is called; a run's, all of which have the same names, after its folders."""
+    if checkpoint.name.startswith("checkpoint_"):
+        return "/".join(checkpoint.resolve().parts[-3:-1])
+    return checkpoint.name
 
 
 def list_data(folders: Sequence[Path], file: Path | None) -> dict[Path, tuple[list[Path], Path]]:
@@ -384,6 +391,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     how = "estimated rates" if args.estimate else "real bitstreams"
     how += f", {torch.cuda.get_device_name(device) if args.cuda else 'CPU'}"
     precision = utils.chosen_precision(args.precision, device)
+    for name, checkpoint in checkpoints.items() if len(checkpoints) > 1 else ():
+        # Before hours are spent on the first of them.
+        check_rate(load_model(checkpoint), args.qualities is not None, name, "--qualities")
     runs: dict[Path, list[Run]] = {folder: [] for folder in data}
     num_runs = len(checkpoints) * len(data)
     for name, checkpoint in checkpoints.items():

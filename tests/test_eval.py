@@ -19,6 +19,7 @@ import models
 import utils
 from models import Coder, container, load_model
 from tools.figures.plot import load_curve
+from utils import DataError
 
 ROOT = Path(__file__).parent.parent
 EXPECTED = Path(__file__).parent / "assets" / "expected_eval.json"
@@ -165,14 +166,41 @@ def without_times(table):
 
 
 def test_a_run_that_ends_early_keeps_the_curves_so_far(pictures, tmp_path, monkeypatch, capsys):
-    good = save_checkpoint(tiny_model("convvc"), tmp_path / "good.pth.tar", "convvc")
-    bad = tmp_path / "bad.pth.tar"
-    bad.write_bytes(b"")
-    file = tmp_path / "curve.json"
-    argv = ["--checkpoint", good, bad, "--data", pictures, "--json", file]
+    files = [tmp_path / f"{name}.pth.tar" for name in "ab"]
+    argv = ["--checkpoint", *files, "--data", pictures, "--json", tmp_path / "curve.json"]
+    for file in files:
+        save_checkpoint(tiny_model("convvc"), file, "convvc")
+    evaluate, calls = evaluation.evaluate, []
+
+    def evaluate_once(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise DataError("no more")
+        return evaluate(*args)
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate_once)
     code, _, err = run(argv, monkeypatch, capsys)
-    assert code == 2 and "bad.pth.tar" in err
-    assert len(json.loads(file.read_text())["results"]["bpp"]) == 1
+    assert code == 1 and "no more" in err
+    assert len(json.loads((tmp_path / "curve.json").read_text())["results"]["bpp"]) == 1
+
+
+def test_checkpoints_that_cannot_be_used_end_a_run_at_once(pictures, tmp_path, monkeypatch, capsys):
+    good = save_checkpoint(tiny_model("convvc"), tmp_path / "good.pth.tar", "convvc")
+    every_rate = save_checkpoint(gained_model(), tmp_path / "rates.pth.tar")
+    (tmp_path / "bad.pth.tar").write_bytes(b"")
+    for bad in (every_rate, tmp_path / "bad.pth.tar"):
+        argv = ["--checkpoint", good, bad, "--data", pictures]
+        code, out, err = run(argv, monkeypatch, capsys)
+        assert (code, out) == (2, "") and str(bad) in err
+
+
+def test_curves_of_runs_are_told_apart(pictures, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "runs" / "0.013"
+    folder.mkdir(parents=True)
+    checkpoint = save_checkpoint(tiny_model("convvc"), folder / "checkpoint_best.pth.tar", "convvc")
+    argv = ["--checkpoint", checkpoint, "--data", pictures, "--json", tmp_path / "x.json"]
+    assert run(argv, monkeypatch, capsys)[0] == 0
+    assert json.loads((tmp_path / "x.json").read_text())["name"] == "runs/0.013"
 
 
 @pytest.mark.parametrize(
@@ -300,6 +328,25 @@ def test_a_stream_that_decodes_to_another_picture_is_an_error(
     assert code == 1
     assert "a.png" in err
     assert "does not decode to what was encoded" in err
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("float32", 1), ("bfloat16", 0)])
+def test_latents_of_fewer_bits_may_decode_to_a_little_less(
+    precision, expected, pictures, tmp_path, monkeypatch, capsys
+):
+    """0.017 dB, as where some are rounded to neighbours: in float32 that is an error."""
+    shutil.copy(pictures / "test" / "a.png", tmp_path)
+    decode = Coder.decode
+
+    def darker(*args):
+        x_hat = decode(*args)
+        x_hat[..., :12] -= 1 / 255
+        return x_hat
+
+    monkeypatch.setattr(Coder, "decode", darker)
+    argv = ["--data", tmp_path, "--checkpoint", CHECKPOINT, "--precision", precision]
+    code, _, err = run(argv, monkeypatch, capsys)
+    assert code == expected, err
 
 
 def test_rate_above_the_estimate_is_warned_of(pictures, tmp_path, monkeypatch, capsys):
