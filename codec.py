@@ -120,7 +120,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     encode.add_argument(
         "--tile-size",
-        type=tile_size,
+        type=utils.multiple_of(container.TILE_UNIT, container.MAX_TILE),
         metavar="T",
         help="longest side of a tile, a multiple of 64; 0 to code the picture whole. By default "
         "512, or less where memory is short, for pictures of more than 4 megapixels",
@@ -154,17 +154,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if getattr(args, "quality", None) is not None:
         args.quality = container.coded_quality(args.quality)
     return args
-
-
-def tile_size(text: str) -> int:
-    """argparse type: 0, or a side of tiles that a file can name."""
-    value = number(int, 0)(text)
-    unit = container.TILE_UNIT
-    if value % unit or value > 255 * unit:
-        raise argparse.ArgumentTypeError(
-            f"expected a multiple of {unit} up to {255 * unit}, got {text!r}"
-        )
-    return value
 
 
 @dataclass(frozen=True)

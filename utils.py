@@ -141,6 +141,21 @@ def number(
     return parse
 
 
+def multiple_of(unit: int, most: int, least: int = 0) -> Callable[[str], int]:
+    """argparse type: a multiple of ``unit`` from ``least`` to ``most``."""
+
+    def parse(text: str) -> int:
+        value = number(int, 0)(text)
+        if value % unit or not least <= value <= most:
+            above = f" from {least}" if least else ""
+            raise argparse.ArgumentTypeError(
+                f"expected a multiple of {unit}{above} up to {most}, got {text!r}"
+            )
+        return value
+
+    return parse
+
+
 def size_in_bytes(text: str) -> int:
     """argparse type: bytes, with K, M, G or T for powers of 1024."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)i?B?", text, re.IGNORECASE)

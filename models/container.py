@@ -90,6 +90,7 @@ MAX_GUARDS = 2**20
 MAX_METADATA = 2**20  # bytes of an ICC profile, and of an EXIF block
 TILE_UNIT = 64  # pixels, of the sides of tiles
 MARGIN_UNIT = 16  # pixels
+MAX_TILE, MAX_MARGIN = 255 * TILE_UNIT, 255 * MARGIN_UNIT  # which one byte can name
 SIZE_BYTES = 20  # that `read_size` needs at most
 
 _MAGIC = b"MVC"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_checkpoint, tiny_model
+from conftest import gained_model, save_checkpoint, tiny_model
 from PIL import Image
 
 import eval as evaluation
@@ -47,6 +47,14 @@ def test_compressai_measures_what_eval_measures(tmp_path, pictures, name):
     assert theirs["ms-ssim-rgb"] == pytest.approx(ours["ms-ssim-rgb"], abs=1e-6)
     # Ours counts the header and the guarded symbols, at most 51 bytes on Kodak.
     assert 0 < ours["bpp"][0] - theirs["bpp"][0] <= 8 * 51 / 192**2
+
+
+def test_what_it_cannot_measure_is_refused(tmp_path, pictures):
+    command = ["checkpoint", pictures, "-a", "mambavc", "-p"]
+    with pytest.raises(UsageError, match=r"nope\.pth\.tar does not exist"):
+        eval_model.main([*command, str(tmp_path / "nope.pth.tar")])
+    with pytest.raises(UsageError, match="no quality to a network of every rate"):
+        eval_model.main([*command, save_checkpoint(gained_model(), tmp_path / "x.pth.tar")])
 
 
 def test_weights_by_quality_are_refused(pictures):

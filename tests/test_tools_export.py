@@ -173,7 +173,9 @@ def test_weights_that_could_not_be_loaded_are_refused(tmp_path, checkpoint):
 
 def test_what_no_training_goes_on_from_is_refused(tmp_path, checkpoint):
     output = str(tmp_path / "x.safetensors")
-    with pytest.raises(UsageError, match="--for-training needs a run's latest checkpoint"):
+    with pytest.raises(UsageError, match="--for-training needs a checkpoint of a run"):
         export.main([checkpoint, output, "--for-training"])
+    with pytest.raises(UsageError, match="leave out --quality"):
+        export.main([checkpoint, output, "--for-training", "--quality", "40"])
     with pytest.raises(UsageError, match="--weight-bytes 1 is for --for-training only"):
         export.main([checkpoint, output, "--weight-bytes", "1"])

@@ -45,6 +45,20 @@ def test_large_pictures_take_as_many_of_the_folder_as_they_have_room_for(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--tile-sizes", "100"], "expected a multiple of 64 from 64 up to 16320, got '100'"),
+        (["--tile-sizes", "0"], "expected a multiple of 64 from 64 up to 16320, got '0'"),
+        (["--tile-sizes", "64", "--margins", "5"], "expected a multiple of 16 up to 4080, got '5'"),
+        (["--tile-sizes", "64", "--quality", "40"], "leave out --quality"),
+    ],
+)
+def test_what_no_file_can_have_is_refused(command, flags, message):
+    with pytest.raises(UsageError, match=message):
+        tiles.main([*command, *flags])
+
+
 def test_a_size_without_tiles_is_refused(command):
     with pytest.raises(UsageError, match="--size is of pictures for --tile-sizes"):
         tiles.main([*command, "--megapixels", "1", "--size", "200", "70"])

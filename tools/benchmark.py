@@ -638,7 +638,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="keep PyTorch's default float32 matrix products instead of TF32 ones",
     )
     parser.add_argument(
-        "--seconds", type=float, default=2.0, help="time to spend on one measurement (default: 2)"
+        "--seconds",
+        type=utils.number(float, 0, exclusive=True),
+        default=2.0,
+        help="time to spend on one measurement (default: 2)",
     )
     return parser.parse_args(argv)
 

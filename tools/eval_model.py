@@ -27,6 +27,11 @@ class Architecture(NamedTuple):
     def from_state_dict(self, state_dict: Mapping[str, Tensor]) -> SliceHyperprior:
         """The network of these weights, from which its sizes are read."""
         model = models.build_model(self.name, **MambaVC.sizes_from_state_dict(state_dict))
+        if model.qualities:
+            raise utils.UsageError(
+                "CompressAI's program gives no quality to a network of every rate; use eval.py "
+                "--qualities, or make one of a single rate with tools.export --quality"
+            )
         model.load_state_dict(state_dict)
         return model
 
@@ -41,7 +46,10 @@ def main(argv: list[str] | None = None) -> None:
     for name in models.list_models():
         for table in (eval_model.architectures, eval_model.pretrained_models):
             table[name] = Architecture(name)
-    eval_model.main(sys.argv[1:] if argv is None else argv)
+    try:
+        eval_model.main(sys.argv[1:] if argv is None else argv)
+    except FileNotFoundError as error:
+        raise utils.UsageError(f"{error.filename} does not exist; give a file") from None
 
 
 if __name__ == "__main__":

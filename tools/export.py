@@ -103,6 +103,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.output.suffix != ".safetensors":
         parser.error(f"the output must end in .safetensors, got {args.output}")
     utils.check_output(args.output)
+    if args.for_training and args.quality is not None:
+        parser.error("--for-training writes a network of every rate; leave out --quality")
     if args.weight_bytes == 1 and not args.for_training:
         raise utils.UsageError("--weight-bytes 1 is for --for-training only; give both, or neither")
     record_path = args.output.with_suffix(".json")
@@ -117,10 +119,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     training = {} if args.record is None else training_of(checkpoint)
     step = checkpoint.pop("step", None)  # of a file without it, a training starts at 0
     if args.for_training:
-        if step is None or "net" not in checkpoint or args.quality is not None:
+        if step is None or "net" not in checkpoint:
             raise utils.UsageError(
-                "--for-training needs a run's latest checkpoint, and no --quality; it got "
-                f"{args.checkpoint}"
+                "--for-training needs a checkpoint of a run, such as its latest, and "
+                f"{args.checkpoint} holds weights only"
             )
         checkpoint |= {"state_dict": checkpoint["net"], "step": step}
     # Refuses what could not be loaded again.

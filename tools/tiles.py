@@ -27,7 +27,7 @@ from PIL import Image
 
 import utils
 from models import container
-from models.checkpoint import find_checkpoint
+from models.checkpoint import check_rate, find_checkpoint
 from models.memory import DEFAULT_MARGIN
 from utils import UsageError
 
@@ -66,9 +66,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cuda", action="store_true", help="run on the GPU")
     parser.add_argument("--quality", type=utils.quality, help="of a network of every rate")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results to this file")
-    parser.add_argument("--tile-sizes", nargs="+", type=positive, metavar="T", help="in pixels")
     parser.add_argument(
-        "--margins", nargs="+", type=utils.number(int, 0), default=[DEFAULT_MARGIN], metavar="M",
+        "--tile-sizes", nargs="+", metavar="T",
+        type=utils.multiple_of(container.TILE_UNIT, container.MAX_TILE, container.TILE_UNIT),
+        help=f"in pixels, multiples of {container.TILE_UNIT}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--margins", nargs="+", default=[DEFAULT_MARGIN], metavar="M",
+        type=utils.multiple_of(container.MARGIN_UNIT, container.MAX_MARGIN),
         help="pixels around a tile that the transforms see, of pictures for --tile-sizes",
     )  # fmt: skip
     parser.add_argument(
@@ -105,7 +110,9 @@ def compare(args: argparse.Namespace) -> list[dict]:
     from models import Coder, load_model
 
     device = utils.select_device(args.cuda)
-    coder = Coder(load_model(find_checkpoint(args.checkpoint), device), graphs=args.cuda)
+    model = load_model(find_checkpoint(args.checkpoint), device)
+    check_rate(model, args.quality is not None, args.checkpoint, "--quality")
+    coder = Coder(model, graphs=args.cuda)
     files = utils.list_images(args.folder)
     groups = [[file] for file in files]
     if args.size:
