@@ -184,7 +184,11 @@ def _coder_of_model(fingerprint: bytes) -> Coder:
     """Of the checkpoints in use, the one whose model has this fingerprint."""
     others = []
     for path, device in _in_use:
-        coder = _load(path, device)
+        try:
+            coder = _load(path, device)
+        except UsageError as error:  # the file may be of another that is in use
+            others.append(str(error))
+            continue
         if coder.fingerprint == fingerprint:
             return coder
         others.append(f"{path.name} is {coder.fingerprint.hex()}")

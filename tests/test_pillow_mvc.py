@@ -124,6 +124,14 @@ def test_a_file_of_another_model_opens_once_its_checkpoint_is_in_use(
     assert image.tobytes() == decoded(other, data).tobytes()
 
 
+def test_a_file_that_is_no_checkpoint_hides_none(stream, tmp_path, in_use):
+    (tmp_path / "x.pth.tar").write_text("no checkpoint")
+    pillow_mvc.use(tmp_path / "x.pth.tar")
+    assert Image.open(io.BytesIO(stream)).convert("RGB").size == (70, 40)
+    with pytest.raises(OSError, match=r"x\.pth\.tar as a checkpoint"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.mvc")
+
+
 def test_a_checkpoint_in_parts_is_used_as_others(picture, tmp_path, in_use):
     model = spread_model(seed=2)
     state = {"model": "mambavc", "model_args": model.config, "state_dict": model.state_dict()}
