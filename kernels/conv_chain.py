@@ -51,11 +51,17 @@ def conv_chain(
         residual: (batch, out, height, width), added before the last activation; quickest where it
             lies channels last.
         skips: for layers that add one of the chain's own maps before their activation, its index:
-            x is 0, what layer i makes is i + 1. Each map is added once at most.
+            x is 0, what layer i makes is i + 1. Each map is added once at most, none by a last
+            layer that adds the residual.
 
     Returns:
         (batch, out, height, width) in that precision, channels last.
+
+    Raises:
+        ValueError: the last layer is to add a map besides the residual.
     """
+    if residual is not None and len(weights) - 1 in (skips or {}):
+        raise ValueError("the last layer adds the residual or a map of the chain; leave out one")
     dtype = backends.fused_precision(x)
     parameters = []
     for weight, bias in zip(weights, biases, strict=True):

@@ -60,7 +60,7 @@ SHORTEST_CHUNK = 32
 # finely as this, it makes enough programs for a GPU.
 SHORTEST_CHUNK_IN_FLOAT64 = 8
 # Elements of x up to which the backward takes all directions at once: fewer launches with fuller
-# waves, for seven times x.
+# waves, for 11 to 16 times x in memory.
 SMALL_MAP = 1 << 25
 # Sequences, by channel, direction and picture, from which on each is walked by one thread in one
 # go, and from which on long ones are: they are enough threads then for a GPU, and nothing is
@@ -393,11 +393,10 @@ def scan_2d_backward(
 ) -> ScanInputs:
     """The gradients of `scan_2d_forward` by its inputs, given dy, the gradient by y.
 
-    Directions are taken one after the other, but together on small maps. Besides the results it
-    allocates, in float32 and at a state size of 16, about 2.7 times x: delta, two thirds of x for
-    states, and the partial sums of the gradients by B and C. With A fixed, the same for one more
-    map in place of the states, and a quarter to a half of the partial sums; delta then has 16 bits
-    where x has.
+    Directions are taken one after the other, but together on maps of up to `SMALL_MAP` elements.
+    Besides the results it allocates, one after the other and at a state size of 16, about 3 times
+    x in float32: delta, states or what is handed over between the walks, and the partial sums of
+    the gradients by B and C. Together, that is 11 to 16 times x.
 
     Args:
         dy: (batch, height, width, dim), contiguous, in the dtype of x.

@@ -24,8 +24,8 @@ class ConvChain(nn.Sequential):
 class Conv1x1(nn.Conv2d):
     """Convolution with a kernel of 1x1, on few pixels by `kernels.conv_chain` where that is faster.
 
-    The gradient of its bias is then made beside that of its weight. PyTorch takes one more launch
-    for it, of the longest.
+    In half precision the gradient of its bias is then made beside that of its weight. PyTorch takes
+    one more launch for it, of the longest.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
