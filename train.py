@@ -202,6 +202,7 @@ class Step:
             aux_parameters = [p for g in self.aux_optimizer.param_groups for p in g["params"]]
             self.net_gradients = FlatGradients(self.net_parameters)
             self.aux_gradients = FlatGradients(aux_parameters)
+            self.graphed_update = GraphedUpdate(self.optimizers)
 
     def __call__(self, batches: Sequence[Tensor], stop: threading.Event | None = None) -> Measured:
         """Take a step on the mean loss of batches, unless it is not finite.
@@ -224,12 +225,14 @@ class Step:
         sums = self.processes.sum(torch.stack([*measured, norm, wants_stop]))
         loss, bpp, mse, norm = (value / self.processes.world_size for value in sums[:4])
         is_finite = math.isfinite(loss) and math.isfinite(norm)
-        if is_finite and self.graphs:
-            self.graphed_update()
-        for optimizer in () if self.graphs else self.optimizers:
+        if self.graphs:
             if is_finite:
-                optimizer.step()
-            optimizer.zero_grad()
+                self.graphed_update()
+        else:
+            for optimizer in self.optimizers:
+                if is_finite:
+                    optimizer.step()
+                optimizer.zero_grad()
         suspect = not is_finite and (math.isfinite(loss) or not measured[0].isfinite().item())
         return Measured(loss, bpp, mse, norm, is_finite, suspect, stop=sums[4] > 0)
 
@@ -261,8 +264,6 @@ class Step:
     def _replay(self, pixels: Tensor) -> Tensor:
         """`_backward` of a step's only batch from a CUDA graph, which is captured at first."""
         pixels = pixels.to(self.processes.device, non_blocking=True)
-        if self.captured_shape is None:
-            self.graphed_update = GraphedUpdate(self.optimizers)
         if pixels.shape != self.captured_shape:
             self.graphed_passes = None  # its memory is free before the next one takes its own
             self.graphed_passes = GraphedPasses(self._flat_backward, pixels)
@@ -381,6 +382,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         source = state.find_checkpoint(folder, args.checkpoint, args.continue_train)
         checkpoint = load_checkpoint(source) if source else None
+        if args.checkpoint is not None and source != args.checkpoint:
+            state.check_not_behind(checkpoint, source, args.checkpoint)
         workers = 0 if args.cache else data.capped_workers(args.num_workers, processes)
         pictures, test_pictures = data.open_dataset(args.dataset, args.cache, processes)
         global_batch = args.batch_size * args.accumulate * processes.world_size

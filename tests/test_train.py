@@ -304,7 +304,20 @@ def test_run_does_not_go_back_behind_a_piece_that_is_given(flags, tmp_path):
     for steps in (4, 5):
         main(flags("new", *onwards, steps=steps))
         assert load(tmp_path / "new")["step"] == steps
-    assert "step 4, not from" in (tmp_path / "new" / "0.05" / "train.log").read_text()
+    assert "latest.pth.tar, not from" in (tmp_path / "new" / "0.05" / "train.log").read_text()
+    piece.unlink()  # which is not needed any more
+    main(flags("new", *onwards, steps=6))
+    assert load(tmp_path / "new")["step"] == 6
+
+
+def test_run_that_started_from_weights_goes_on_with_its_own_steps(flags, tmp_path):
+    """However many steps another run had taken for those weights."""
+    main(flags("long", steps=3))
+    start = ["--checkpoint", str(tmp_path / "long" / "0.05" / "checkpoint_latest.pth.tar")]
+    main(flags("run", *start, steps=1))
+    for steps in (2, 3):
+        main(flags("run", *start, "--continue_train", steps=steps))
+        assert load(tmp_path / "run")["step"] == steps
 
 
 def test_run_goes_back_to_its_own_state_only(flags, tmp_path):

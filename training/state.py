@@ -106,9 +106,6 @@ def find_checkpoint(folder: Path, checkpoint: Path | None, continue_train: bool)
 
     A command that is given again after its run was killed goes on with that run, also where
     --checkpoint says how it began; a checkpoint of the run itself is taken as asked.
-
-    Raises:
-        UsageError: the file is of a later step than the run whose folder this is.
     """
     if not continue_train:
         return checkpoint
@@ -119,17 +116,37 @@ def find_checkpoint(folder: Path, checkpoint: Path | None, continue_train: bool)
         if checkpoint is None:
             return latest
         if checkpoint.resolve().parent != folder.resolve():
-            reached, given = (load_checkpoint(file).get("step", 0) for file in (latest, checkpoint))
-            if given > reached:
-                raise UsageError(
-                    f"{checkpoint} is of step {given}, later than step {reached} of the run in "
-                    f"{folder}; give another --save_path, or leave out --checkpoint"
-                )
-            logger.info("going on from %s, step %d, not from %s", latest, reached, checkpoint)
+            logger.info("going on from %s, not from %s", latest, checkpoint)
             return latest
     elif checkpoint is None:
         logger.info("nothing to go on from in %s: starting at step 0", folder)
     return checkpoint
+
+
+def check_not_behind(checkpoint: dict, source: Path, given: Path) -> None:
+    """Check that a run does not go back behind what --checkpoint gives it to go on from.
+
+    Args:
+        checkpoint: of the run, read from the file ``source``.
+        given: as --checkpoint has it. It may be gone, and the run may have started from its weights
+            and count steps of its own: then there is nothing to compare.
+
+    Raises:
+        UsageError: the file is of a later step.
+    """
+    started_from = checkpoint.get("args", {}).get("checkpoint")
+    if started_from == str(given) and not checkpoint.get("fresh_from"):
+        return
+    try:
+        step = load_checkpoint(given).get("step", 0)
+    except UsageError:
+        return
+    reached = checkpoint.get("step", 0)
+    if step > reached:
+        raise UsageError(
+            f"{given} is of step {step}, later than step {reached} of the run in {source.parent}; "
+            "give another --save_path, or leave out --checkpoint"
+        )
 
 
 def before_cooldown(checkpoint: dict, source: Path, cooldown_start: float) -> tuple[dict, Path]:
