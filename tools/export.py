@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.for_training and args.quality is not None:
         parser.error("--for-training writes a network of every rate; leave out --quality")
     if args.weight_bytes == 1 and not args.for_training:
-        raise utils.UsageError("--weight-bytes 1 is for --for-training only; give both, or neither")
+        parser.error("--weight-bytes 1 is for --for-training only; give both, or neither")
     record_path = args.output.with_suffix(".json")
     if args.record is not None and record_path.exists():
         raise utils.UsageError(f"{record_path} exists; rename it, or give another output")
