@@ -107,9 +107,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="multistep: a tenth from each epoch of --lr_epoch on; cosine: down to zero at the "
         "end; wsd: constant, then a cool-down to zero. A wsd run that is made longer goes on from "
         "before its cool-down")
-    add("--cooldown-steps", type=number(float, 0), default=0.2, metavar="N",
+    add("--cooldown-steps", type=number(float, 0), metavar="N",
         help="of wsd, at the end; below 1: a fraction of the run (default: 0.2)")
-    add("--cooldown-shape", choices=["1-sqrt", "linear"], default="1-sqrt",
+    add("--cooldown-shape", choices=["1-sqrt", "linear"],
         help="of wsd (default: 1-sqrt, which falls fast at first)")
     add("--lr_epoch", type=positive_int, nargs="+", default=[450, 490], help="default: 450 490")
     add("--warmup-steps", type=number(int, 0), default=0,
@@ -158,6 +158,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--qualities has lambdas of its own, for --type mse: leave out --lambda")
     if args.lmbda is None and not args.qualities:
         args.lmbda = 0.05
+    if args.schedule != "wsd" and (args.cooldown_steps, args.cooldown_shape) != (None, None):
+        parser.error("--cooldown-steps and --cooldown-shape are of --schedule wsd: give it, too")
+    if args.cooldown_steps is None:
+        args.cooldown_steps = 0.2
+    args.cooldown_shape = args.cooldown_shape or "1-sqrt"
     others = args.accumulate > 1 or args.grad_checkpoint or args.type == "ms-ssim"
     if args.cuda_graph and (others or not args.cuda):
         parser.error(

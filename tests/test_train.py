@@ -664,6 +664,7 @@ def test_best_checkpoint_survives_a_disk_that_was_full_for_the_latest(flags, tmp
         (["--seed", "4294967296"], "expected an integer of at least 0 and below 4294967296"),
         (["--cuda", "--cuda-graph", "--grad-checkpoint"], "no --accumulate or --grad-checkpoint"),
         (["--ema", "1"], "below 1, got '1'"),
+        (["--schedule", "cosine", "--cooldown-steps", "9"], "are of --schedule wsd"),
         (
             ["--patch-size", "64", "64", "--patch-schedule", "64"],
             "--patch-schedule: not allowed with argument --patch-size",
