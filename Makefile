@@ -24,21 +24,26 @@ help: ## Print this list
 # A picture of your own is compared as well: make demo PICTURE=my.jpg
 PICTURE ?= demo/test/kodim20.png
 
-demo: $(VENV)/.installed ## Code pictures with the shipped checkpoint, compare, train it on for another rate
+demo: $(VENV)/.installed ## Code pictures at five rates, compare, train a checkpoint on for another rate
 	mkdir -p out
-	$(BIN)/python eval.py --data demo --checkpoint mambavc-light-0.0130 \
-		--json out/light-0.0130.json --save-images out/light-0.0130
-	$(BIN)/python -m tools.figures.visual --checkpoint mambavc-light-0.0130 --image "$(PICTURE)" \
+	$(BIN)/python eval.py --data demo --checkpoint mambavc-light --qualities 0 25 50 75 100 \
+		--json out/light.json
+	$(BIN)/python -W ignore -m compressai.utils.bench webp demo/test -q 1,30,60,80,90 > out/webp.json
+	$(BIN)/python -W ignore -m compressai.utils.bench jpeg demo/test -q 10,40,70,85,95 > out/jpeg.json
+	$(BIN)/python -m tools.figures.visual --checkpoint mambavc-light --quality 40 --image "$(PICTURE)" \
 		--output out/comparison.png
 	rm -rf out/training
 	$(BIN)/python train.py -d demo --checkpoint mambavc-light-0.0130 --lambda 0.0035 \
 		--optimizer muon --learning-rate 5e-4 --schedule cosine --batch-size 2 --patch-size 128 128 \
 		--max-steps 30 --val-every 30 --save-every 30 --log-every 10 -n 0 --save_path out/training
 	$(BIN)/python eval.py --data demo --checkpoint out/training/0.0035/checkpoint_best.pth.tar \
-		--json out/light-0.0035.json --save-images out/light-0.0035
+		--json out/trained-0.0035.json --save-images out/trained-0.0035
 	@echo
-	@$(BIN)/python -m tools.points out/light-0.0130.json out/light-0.0035.json
-	@echo "The pictures are in out/, with $(PICTURE) beside WebP and JPEG in out/comparison.png."
+	@$(BIN)/python -m tools.points out/light.json out/trained-0.0035.json
+	@echo
+	@$(BIN)/python -m tools.figures.plot out/jpeg.json --ours out/light.json --anchor out/webp.json \
+		--title "Three Kodak pictures" --output out/curve.png
+	@echo "out/curve.png has the curve, out/comparison.png $(PICTURE) beside WebP and JPEG."
 
 test: $(VENV)/.installed ## Run the tests
 	$(BIN)/python -m pytest -q

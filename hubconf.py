@@ -3,7 +3,7 @@
 ::
 
     model = torch.hub.load(REPO_OR_DIR, "mambavc_light", pretrained=True, source="local")
-    coded = model.compress(x)  # x: (batch, 3, height, width), RGB in [0, 1], any size
+    coded = model.compress(x, quality=50)  # x: (batch, 3, height, width), RGB in [0, 1], any size
     x_hat = model.decompress(**coded)["x_hat"]
 
 A program that loads a network may well have a `models`, `utils` or `layers` of its own, now or
@@ -116,8 +116,8 @@ def mambavc(pretrained: bool | str = False, **sizes):
     """MambaVC in eval mode, on the CPU, ready to code.
 
     Args:
-        pretrained: load the weights that come with the project; a name, without ending, chooses
-            among several in checkpoints/. Else weights are random.
+        pretrained: load the weights that come with the project, those of every rate if there are
+            some; a name, without ending, chooses others in checkpoints/. Else weights are random.
         sizes: of `models.MambaVC`, for random weights.
 
     Raises:

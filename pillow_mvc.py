@@ -9,11 +9,11 @@
     Image.open("a.mvc").show()
 
 `Image.open` reads the header only. PyTorch is imported and weights are loaded when the first
-picture is decoded or saved; they stay in memory. Pictures are saved with the checkpoint that comes
-with the project, or with another that `use` names. A file names the model that decodes it: those
-of other models raise an OSError until `use` has named their checkpoint. A network of every rate
-takes a `quality`, from 0 to 100: `image.save("a.mvc", quality=30)`. For one of a single rate, as
-the shipped one is, a quality is a ValueError.
+picture is decoded or saved; they stay in memory. Pictures are saved with mambavc-light, or with
+another checkpoint that `use` names, and opened with any that comes with the project. A file names
+the model that decodes it: those of other models raise an OSError until `use` has named their
+checkpoint. A network of every rate, as mambavc-light is, takes a `quality` from 0 to 100, by
+default 50: `image.save("a.mvc", quality=30)`. For one of a single rate it is a ValueError.
 
 Limits:
 
@@ -60,13 +60,16 @@ MODES = ("RGB", "L")  # of pictures that can be saved
 DEFAULT_QUALITY = 50  # of networks of every rate
 
 # (path, device) of the checkpoints that files are decoded with; the first codes new ones.
-_in_use = [(CHECKPOINT_FOLDER / "mambavc-light-0.0130.safetensors", "cpu")]
+_in_use = [
+    (CHECKPOINT_FOLDER / f"{name}.safetensors", "cpu")
+    for name in ("mambavc-light", "mambavc-light-0.0130")
+]
 
 
 def use(checkpoint: Path | str, device: torch.device | str = "cpu") -> None:
     """Save pictures with this checkpoint from now on, and open files that were made with it.
 
-    Files of the checkpoints that were in use before, the shipped one among them, still open.
+    Files of the checkpoints that were in use before, the shipped ones among them, still open.
 
     Args:
         checkpoint: file that train.py or tools.export wrote (of weights in parts, the index), or

@@ -1,4 +1,4 @@
-"""The shipped checkpoint: streams made on a GPU decode here, and its numbers hold."""
+"""Shipped checkpoints: streams made on a GPU decode here, and their numbers hold."""
 
 import hashlib
 import json
@@ -97,9 +97,22 @@ def test_this_machine_encodes_as_well_as_the_gpu(coder):
 def test_numbers_of_a_kodak_picture(coder):
     x = utils.to_tensor(utils.read_image(ROOT / "demo" / "test" / "kodim20.png"))[None]
     row, _ = evaluation.evaluate_image(coder, x, estimate=False)
-    # As measured on an H200, see results/mambavc-light-kodak.json.
+    # As measured on an H200, see results/mambavc-light-0.0130-kodak.json.
     assert row["bpp"] == pytest.approx(0.3061, rel=0.005)
     assert row["psnr-rgb"] == pytest.approx(34.800, abs=0.02)
+
+
+@torch.no_grad()
+def test_network_of_every_rate():
+    """A stream that an H200 encoded at quality 0, and the numbers of a quality between."""
+    coder = Coder(load_model("mambavc-light"))
+    x = utils.to_tensor(utils.read_image(ROOT / "demo" / "test" / "kodim20.png"))[None]
+    data = (Path(__file__).parent / "assets" / "streams" / "kodim20-0.mvc").read_bytes()
+    assert utils.psnr(coder.decode(data), x) == pytest.approx(30.943, abs=0.01)
+    row, _ = evaluation.evaluate_image(coder, x, estimate=False, quality=50)
+    # See results/mambavc-light-kodak.json.
+    assert row["bpp"] == pytest.approx(0.3181, rel=0.005)
+    assert row["psnr-rgb"] == pytest.approx(35.353, abs=0.02)
 
 
 @pytest.mark.parametrize("name", list_checkpoints())

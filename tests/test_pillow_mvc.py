@@ -59,13 +59,14 @@ def decoded(coder, data):
 
 
 def test_one_import_is_all_it_takes_in_any_folder(tmp_path):
-    """Opening needs no PyTorch; decoding finds the shipped weights, whatever lies in the folder."""
+    """Opening needs no PyTorch; coding finds the shipped weights, whatever lies in the folder."""
     (tmp_path / "mambavc-light-0.0130.safetensors").write_text("not these weights")
     script = (
         "import sys; from PIL import Image; import pillow_mvc\n"
         f"image = Image.open({str(STREAMS / 'crop2d.mvc')!r})\n"
         "print(image.size, image.mode, image.format, 'torch' in sys.modules)\n"
-        "image.save('a.png'); print('torch' in sys.modules)"
+        "image.save('a.png'); print('torch' in sys.modules)\n"
+        "image.save('a.mvc', quality=30)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", script]
@@ -76,6 +77,11 @@ def test_one_import_is_all_it_takes_in_any_folder(tmp_path):
     original = utils.read_image(ROOT / "demo" / "train" / "crop2.jpg").crop((0, 0, 64, 200))
     psnr = utils.psnr(utils.to_tensor(Image.open(tmp_path / "a.png")), utils.to_tensor(original))
     assert psnr == pytest.approx(36.063, abs=0.01)  # as measured where it was encoded
+    saved = container.unpack((tmp_path / "a.mvc").read_bytes())
+    assert (saved.quality, saved.fingerprint) == (
+        30,
+        Coder(load_model("mambavc-light")).fingerprint,
+    )
 
 
 def test_saved_pictures_are_the_coders(coder, picture, tmp_path):

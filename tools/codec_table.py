@@ -2,7 +2,7 @@
 
 ::
 
-    python -m tools.codec_table results/README.md --ours results/mambavc-light-kodak.json
+    python -m tools.codec_table results/README.md --ours results/mambavc-light-*kodak.json
 """
 
 import json
