@@ -101,16 +101,15 @@ def working_dtype(x: Tensor) -> torch.dtype:
 def fused_precision(x: Tensor) -> torch.dtype | None:
     """The dtype in which layers run their fused kernels for a map; None where PyTorch runs its own.
 
-    That is half precision, the map's own or autocast's; float32 where gradients are recorded and
-    its products may be TF32 (`product_precision`); float64 where none are recorded. What PyTorch is
-    to compute to the last bit as it always has is left to it: float32 in inference, and with
-    PyTorch's default settings.
+    That is half precision, the map's own or autocast's; float32 where its products may be TF32
+    (`product_precision`); float64 where no gradients are recorded. What PyTorch is to compute to
+    the last bit as it always has is left to it: float32 with PyTorch's default settings.
     """
     dtype = working_dtype(x)
     if dtype == torch.float32:
         # A compiler, which cannot trace the question, joins PyTorch's small kernels by itself.
         compiles = torch.compiler.is_compiling()
-        fuses = torch.is_grad_enabled() and not compiles and product_precision(dtype) == "tf32"
+        fuses = not compiles and product_precision(dtype) == "tf32"
     elif dtype == torch.float64:
         fuses = not torch.is_grad_enabled()
     else:

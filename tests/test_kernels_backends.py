@@ -135,12 +135,12 @@ def test_reference_turns_the_kernels_of_the_stages_off(monkeypatch):
     assert not backends.runs_stage_kernels("cuda")
 
 
-def test_float32_is_fused_in_training_that_may_take_tf32_only(monkeypatch, tf32):
+def test_float32_is_fused_where_it_may_take_tf32_only(monkeypatch, tf32):
     monkeypatch.setattr(backends, "runs_stage_kernels", lambda device_type: True)
     x = torch.empty(1)
     assert backends.fused_precision(x) == torch.float32
     with torch.no_grad():
-        assert backends.fused_precision(x) is None
+        assert backends.fused_precision(x) == torch.float32
     for precision in ("highest", "high"):
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=precision == "highest"):
             torch.set_float32_matmul_precision(precision)
