@@ -96,7 +96,7 @@ def _load(name: str, pretrained: bool | str, sizes: dict):
     checkpoint = importlib.import_module(".checkpoint", models.__name__)
     weights = checkpoint.list_checkpoints()
     own = [known for known in weights if _network(known, models.list_models()) == name]
-    wanted = own[0] if pretrained is True and own else pretrained
+    wanted = own[0] if pretrained is True and own else pretrained  # sorted: the shortest name
     if wanted not in own:
         raise ValueError(
             f"{name} has no weights{'' if wanted is True else f' called {wanted}'}; "

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from utils import UsageError
+from utils import UsageError, check_output
 
 from .weights import (
     MAX_PART_BYTES,
@@ -121,6 +121,17 @@ def _check_record(path: Path) -> None:
             f"{path} is damaged, or not the file that {record.name} beside it records; fetch both "
             "anew, or give weights of your own another name"
         )
+
+
+def check_weights_output(path: Path) -> None:
+    """Make sure that `save_weights` can write there, before the work whose result it takes.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if path.suffix != ".safetensors":
+        raise UsageError(f"the output must end in .safetensors, got {path}")
+    check_output(path)
 
 
 def save_weights(

@@ -27,7 +27,15 @@ def test_widened_network_keeps_its_blocks_and_codes(qualities, tmp_path):
     assert coder.decode(coder.encode(x, quality)).shape == x.shape
 
 
-def test_channels_that_slices_cannot_share_are_one_line(tmp_path):
+@pytest.mark.parametrize(
+    ("output", "M", "message"),
+    [
+        ("wide.safetensors", "42", "M=42 is not a multiple of num_slices=5"),
+        ("wide.pt", "40", "must end in"),
+    ],
+)
+def test_what_cannot_be_widened_is_one_line(tmp_path, output, M, message):
     path = save_checkpoint(tiny_model(), tmp_path / "a.pth.tar")
-    with pytest.raises(UsageError, match="M=42 is not a multiple of num_slices=5"):
-        widen.main([path, str(tmp_path / "wide.safetensors"), "--M", "42"])
+    with pytest.raises(UsageError, match=message):
+        widen.main([path, str(tmp_path / output), "--M", M])
+    assert not (tmp_path / output).exists()

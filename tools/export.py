@@ -11,6 +11,7 @@ import utils
 from models.checkpoint import (
     build_from_checkpoint,
     check_rate,
+    check_weights_output,
     find_checkpoint,
     load_checkpoint,
     save_weights,
@@ -100,9 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "in checkpoints/ are checked against theirs whenever they are loaded",
     )
     args = parser.parse_args(argv)
-    if args.output.suffix != ".safetensors":
-        parser.error(f"the output must end in .safetensors, got {args.output}")
-    utils.check_output(args.output)
+    check_weights_output(args.output)
     if args.for_training and args.quality is not None:
         parser.error("--for-training writes a network of every rate; leave out --quality")
     if args.weight_bytes == 1 and not args.for_training:

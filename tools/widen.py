@@ -15,7 +15,12 @@ from pathlib import Path
 
 import utils
 from models import SliceHyperprior
-from models.checkpoint import build_from_checkpoint, load_checkpoint, save_weights
+from models.checkpoint import (
+    build_from_checkpoint,
+    check_weights_output,
+    load_checkpoint,
+    save_weights,
+)
 
 
 def widened(model: SliceHyperprior, M: int) -> SliceHyperprior:
@@ -39,12 +44,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = utils.ArgumentParser(prog="python -m tools.widen", description=__doc__.split("::")[0])
     parser.add_argument("checkpoint", help="file that train.py saved, or the name of a shipped one")
     parser.add_argument("output", type=Path, help="file to write, *.safetensors")
-    parser.add_argument("--M", type=utils.number(int, 1), required=True, help="channels of y")
+    parser.add_argument("--M", type=utils.positive_int, required=True, help="channels of y")
     parser.add_argument("--seed", type=utils.number(int, 0, 2**32), default=0, help="default: 0")
     args = parser.parse_args(argv)
-    if args.output.suffix != ".safetensors":
-        parser.error(f"the output must end in .safetensors, got {args.output}")
-    utils.check_output(args.output)
+    check_weights_output(args.output)
     utils.seed_everything(args.seed)
     checkpoint = load_checkpoint(args.checkpoint)
     try:
