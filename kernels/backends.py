@@ -74,9 +74,9 @@ def choose_scan(name: str, device_type: str) -> str:
         ValueError: if there is no backend of that name.
         RuntimeError: if the backend asked for, here or as the meaning of ``auto``, cannot run.
     """
+    _check_name(name)
     if name == "auto":
         name = _meaning_of_auto()
-    _check_name(name)
     if name == "auto":
         return _automatic(device_type)
     reason = _why_not(name, device_type)
@@ -148,13 +148,18 @@ def check_dtype(name: str, x: Tensor) -> None:
         raise ValueError(f"{name} must be one of {known}, got {x.dtype}; cast it")
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, source: str = "") -> None:
     if name != "auto" and name not in _BACKENDS:
-        raise ValueError(f"unknown scan backend {name!r}; choose auto, {', '.join(_BACKENDS)}")
+        known = ", ".join(_BACKENDS)
+        raise ValueError(f"{source}unknown scan backend {name!r}; choose auto, {known}")
 
 
 def _meaning_of_auto() -> str:
-    return _wanted or os.environ.get(_VARIABLE, "auto")
+    if _wanted:
+        return _wanted
+    name = os.environ.get(_VARIABLE, "auto")
+    _check_name(name, f"{_VARIABLE}: ")
+    return name
 
 
 def _why_not(name: str, device_type: str) -> str | None:

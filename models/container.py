@@ -90,7 +90,8 @@ MAX_GUARDS = 2**20
 MAX_METADATA = 2**20  # bytes of an ICC profile, and of an EXIF block
 TILE_UNIT = 64  # pixels, of the sides of tiles
 MARGIN_UNIT = 16  # pixels
-MAX_TILE, MAX_MARGIN = 255 * TILE_UNIT, 255 * MARGIN_UNIT  # which one byte can name
+MAX_UNITS = 255  # of each, which one byte can name
+MAX_TILE, MAX_MARGIN = MAX_UNITS * TILE_UNIT, MAX_UNITS * MARGIN_UNIT
 SIZE_BYTES = 20  # that `read_size` needs at most
 
 _MAGIC = b"MVC"
@@ -323,8 +324,8 @@ def pack_tiles(stream: TiledStream, tiles: Sequence[Tile]) -> bytes:
     _write_varint(out, stream.width)
     for name, unit in (("tile", TILE_UNIT), ("margin", MARGIN_UNIT)):
         steps, rest = divmod(getattr(stream, name), unit)
-        if rest or not 0 <= steps < 256:
-            raise ValueError(f"{name} should be a multiple of {unit} from 0 to {255 * unit}")
+        if rest or not 0 <= steps <= MAX_UNITS:
+            raise ValueError(f"{name} should be a multiple of {unit} from 0 to {MAX_UNITS * unit}")
         out.append(steps)
     for name in ("icc", "exif"):
         length = len(getattr(stream, name))
