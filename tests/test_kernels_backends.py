@@ -96,7 +96,7 @@ def test_environment_variable_stands_for_auto_only(monkeypatch):
     monkeypatch.setenv("MAMBAVC_SCAN_BACKEND", "reference")
     assert torch.equal(selective_scan_2d(*inputs), expected)
     monkeypatch.setenv("MAMBAVC_SCAN_BACKEND", "fastest")
-    with pytest.raises(ValueError, match="MAMBAVC_SCAN_BACKEND: .* 'fastest'"):
+    with pytest.raises(ValueError, match=r"MAMBAVC_SCAN_BACKEND: .* 'fastest'"):
         selective_scan_2d(*inputs)
     assert torch.equal(selective_scan_2d(*inputs, backend="reference"), expected)
 
