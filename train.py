@@ -61,6 +61,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--qualities", type=number(int, 2), metavar="K",
         help="one network for all rates, with gains learnt at K qualities; each crop is trained at "
         "a random one. With --checkpoint of a single rate it starts from those weights")
+    add("--drop-path", type=number(float, 0, below=1), metavar="RATE",
+        help="stochastic depth: the probability of leaving out the last block of a path in a step, "
+        "and less for those before it (default: the model's)")
     add("--checkpoint", type=Path, metavar="FILE",
         help="start from the weights in FILE at step 0 (fine-tuning); with --continue_train go "
         "on from all of its state")
@@ -401,7 +404,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 checkpoint, source = state.before_cooldown(checkpoint, source, cooldown_start)
 
         utils.seed_everything(args.seed)
-        wanted = {"model": args.model, "N": args.N, "M": args.M, "qualities": args.qualities}
+        wanted = {
+            "model": args.model,
+            "N": args.N,
+            "M": args.M,
+            "qualities": args.qualities,
+            "drop_path_rate": args.drop_path,
+        }
         name, model = state.build_model(wanted, checkpoint, source, processes.device)
         if args.fixed_A:
             fix_A(model, reset=checkpoint is not None and not args.continue_train)

@@ -803,6 +803,19 @@ def test_network_of_all_rates_starts_from_one_of_a_single_rate(flags, tiny, tmp_
         main(flags("other", "--checkpoint", single, "--qualities", "3", "--continue_train"))
 
 
+def test_stochastic_depth_of_a_checkpoint_can_be_changed(flags, tmp_path):
+    main(flags("run", "--qualities", "3", steps=1))
+    state = str(tmp_path / "run" / "variable" / "checkpoint_latest.pth.tar")
+    before = load(tmp_path / "run")
+    rest = ("--qualities", "3", "--checkpoint", state, "--learning-rate", "1e-30")
+    main(flags("other", *rest, "--drop-path", "0.25", steps=1))
+    after = load(tmp_path / "other")
+    assert before["model_args"]["drop_path_rate"] != 0.25
+    assert after["model_args"] == {**before["model_args"], "drop_path_rate": 0.25}
+    for key in ("g_a.0.weight", "gains.y_enc"):
+        torch.testing.assert_close(after["net"][key], before["net"][key])
+
+
 def test_crops_are_rotated_and_grow_with_accumulated_batches(flags, monkeypatch):
     """By step, of which each takes several batches."""
     take_step, shapes, seen = train.Step.__call__, [], []

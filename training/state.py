@@ -187,7 +187,8 @@ def build_model(
     """The network of a checkpoint, or the one that the flags name, with fresh weights.
 
     Args:
-        wanted: the flags ``model``, ``N``, ``M`` and ``qualities``; None leaves a choice open.
+        wanted: the flags ``model``, ``N``, ``M``, ``qualities`` and ``drop_path_rate``; None leaves
+            a choice open.
         checkpoint: read from the file ``source``.
 
     Returns:
@@ -206,15 +207,17 @@ def build_model(
             raise UsageError(str(error)) from None
     model = build_from_checkpoint(checkpoint, source)
     found = {**model.config, "model": checkpoint.get("model", "mambavc")}
-    if "qualities" in wanted and not model.qualities:
-        config = {**model.config, "qualities": wanted.pop("qualities")}
-        variable = models.build_model(found["model"], **config)
-        variable.load_single_rate(model.state_dict())
-        model = variable
-    elif model.qualities and "qualities" not in wanted:
+    if model.qualities and "qualities" not in wanted:
         raise UsageError(
             f"{source} holds a network of all rates; add --qualities {model.qualities}"
         )
+    free = ["drop_path_rate"] if model.qualities else ["drop_path_rate", "qualities"]
+    changes = {key: wanted.pop(key) for key in free if key in wanted}
+    if changes:
+        changed = models.build_model(found["model"], **{**model.config, **changes})
+        load = changed.load_single_rate if "qualities" in changes else changed.load_state_dict
+        load(model.state_dict())
+        model = changed
     for key, value in wanted.items():
         if value != found[key]:
             # A network of every rate is trained as one only where it is asked for.
