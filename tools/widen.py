@@ -54,6 +54,7 @@ def widened(model: SliceHyperprior, M: int) -> SliceHyperprior:
             new.copy_(old)
             continue
         layer = wide.get_submodule(name.rpartition(".")[0])
+        # Layers that read channels of y, or what is predicted of them, take nothing from new ones.
         is_input = axis == (0 if isinstance(layer, nn.ConvTranspose2d) else 1)
         if isinstance(layer, Gains):
             new.copy_(old.mean(1, keepdim=True).expand_as(new))
