@@ -803,6 +803,13 @@ def test_network_of_all_rates_starts_from_one_of_a_single_rate(flags, tiny, tmp_
         main(flags("other", "--checkpoint", single, "--qualities", "3", "--continue_train"))
 
 
+@pytest.mark.parametrize("name", ["fastest", "triton"])
+def test_scan_backend_that_cannot_run_is_a_usage_error(flags, monkeypatch, name):
+    monkeypatch.setenv("MAMBAVC_SCAN_BACKEND", name)
+    with pytest.raises(UsageError, match=f"scan backend '{name}'"):
+        main(flags("run", steps=1))
+
+
 def test_stochastic_depth_of_a_checkpoint_can_be_changed(flags, tmp_path):
     main(flags("run", "--qualities", "3", steps=1))
     state = str(tmp_path / "run" / "variable" / "checkpoint_latest.pth.tar")

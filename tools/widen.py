@@ -42,9 +42,9 @@ def widened(model: SliceHyperprior, M: int) -> SliceHyperprior:
         ValueError: it is not.
     """
     slices, old_M = model.config["num_slices"], model.config["M"]
-    wide = type(model)(**{**model.config, "M": M}).eval()
     if old_M > M:
         raise ValueError(f"M={M} is less than the {old_M} channels that there are")
+    wide = type(model)(**{**model.config, "M": M}).eval()
     old_width, width = old_M // slices, M // slices
     parameters = dict(wide.named_parameters())
     for name, old in model.named_parameters():
