@@ -153,9 +153,7 @@ class SlicePredictor:
         Args:
             inputs: what they read.
         """
-        if torch.is_grad_enabled():
-            return tuple(side_by_side([of_means, of_scales], inputs))
-        return of_means(), of_scales()
+        return tuple(side_by_side([of_means, of_scales], inputs))
 
     def correct(self, i: int, mean_support: Tensor, y_hat_slice: Tensor) -> Tensor:
         """Add the predicted residual of rounding to slice i."""
