@@ -70,6 +70,25 @@ class Bottleneck(EntropyBottleneck):
         return self._get_medians().reshape(1, -1, 1, 1)
 
 
+class Conditional(GaussianConditional):
+    """CompressAI's Gaussian model of y, with tables for the middle of their scales.
+
+    A symbol is coded with the table of the next larger scale of the scale table. CompressAI makes
+    it for that scale, which is 6 % too large on average: 0.3 to 0.4 % of the rate of a picture. A
+    checkpoint that has tables keeps them.
+    """
+
+    def update(self) -> None:
+        """Build the CDF tables."""
+        largest = self.scale_table
+        # To the smallest belongs all that is not larger, most of it clamped to the scale bound.
+        self.scale_table = torch.cat((largest[:1], (largest[:-1] * largest[1:]).sqrt()))
+        try:
+            super().update()
+        finally:
+            self.scale_table = largest
+
+
 @dataclass(frozen=True, eq=False)
 class SlicePredictor:
     """Predicts mean and scale of each channel slice of y from z_hat and the slices before it.

@@ -6,11 +6,11 @@ import torch
 import torch.nn as nn
 
 from layers import ConvChain, SwinAttentionBlock, VSSBlock
-from layers.compressai import GaussianConditional, conv, deconv
+from layers.compressai import conv, deconv
 
 from ._registry import register_model
 from .base import SliceHyperprior
-from .entropy import Bottleneck
+from .entropy import Bottleneck, Conditional
 from .gains import Gains
 
 
@@ -132,7 +132,7 @@ class MambaVC(SliceHyperprior):
         self.lrp_transforms = nn.ModuleList(transform(width + slice_width) for width in widths)
 
         self.entropy_bottleneck = Bottleneck(Z)
-        self.gaussian_conditional = GaussianConditional(None)
+        self.gaussian_conditional = Conditional(None)
         self.gains = Gains(qualities, M, Z, lmbda_range) if qualities else None
         self.to(memory_format=torch.channels_last)
 
