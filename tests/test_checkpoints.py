@@ -104,15 +104,15 @@ def test_numbers_of_a_kodak_picture(coder):
 
 @torch.no_grad()
 def test_network_of_every_rate():
-    """A stream that an H200 encoded at quality 0, and the numbers of a quality between."""
+    """A stream of quality 0, and the numbers of a quality between."""
     coder = Coder(load_model("mambavc-light"))
     x = utils.to_tensor(utils.read_image(ROOT / "demo" / "test" / "kodim20.png"))[None]
     data = (Path(__file__).parent / "assets" / "streams" / "kodim20-0.mvc").read_bytes()
-    assert utils.psnr(coder.decode(data), x) == pytest.approx(30.943, abs=0.01)
+    assert utils.psnr(coder.decode(data), x) == pytest.approx(31.025, abs=0.01)
     row, _ = evaluation.evaluate_image(coder, x, estimate=False, quality=50)
     # See results/mambavc-light-kodak.json.
-    assert row["bpp"] == pytest.approx(0.3181, rel=0.005)
-    assert row["psnr-rgb"] == pytest.approx(35.353, abs=0.02)
+    assert row["bpp"] == pytest.approx(0.3094, rel=0.005)
+    assert row["psnr-rgb"] == pytest.approx(35.514, abs=0.02)
 
 
 @pytest.mark.parametrize("name", list_checkpoints())

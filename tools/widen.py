@@ -2,7 +2,7 @@
 
 ::
 
-    python -m tools.widen mambavc-light wide.safetensors --M 320
+    python -m tools.widen mambavc-light-0.0130 wide.safetensors --M 320
     python train.py --checkpoint wide.safetensors ...
 
 High rates need more of them than low ones: where even the least used channel takes a bit or two,
