@@ -1,5 +1,7 @@
 """Convolutions with kernels of 3x3 for processors on which products are what takes the time."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -34,27 +36,38 @@ class WinogradConv2d(nn.Module):
         self.register_buffer("bias", convolution.bias[:, None, None])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map (batch, in, height, width) to (batch, out, height, width)."""
-        height, width = x.shape[-2:]
+        """Map (batch, in, height, width) to (batch, out, height, width), without gradients."""
+        batch, channels, height, width = x.shape
         rows, columns = -(-height // 2), -(-width // 2)  # of tiles, which overlap by two pixels
         x = F.pad(x, (1, 1 + width % 2, 1, 1 + height % 2))
-        tiles = []
-        for line in _to_tile([x[:, :, i : i + 2 * rows - 1 : 2] for i in range(4)]):
-            tiles += _to_tile([line[..., j : j + 2 * columns - 1 : 2] for j in range(4)])
-        tiles = torch.stack(tiles, dim=1)  # (batch, 16, in, rows, columns)
-        products = (self.weight @ tiles.flatten(3)).unflatten(1, (4, 4))
-        lines = [_to_pixels(line.unbind(1)) for line in _to_pixels(products.unbind(1))]
-        y = torch.stack([torch.stack(line, dim=-1) for line in lines], dim=2)
-        # (batch, out, 2, rows * columns, 2) to (batch, out, rows, 2, columns, 2)
-        y = y.unflatten(3, (rows, columns)).transpose(2, 3).flatten(4, 5).flatten(2, 3)
-        return y[..., :height, :width] + self.bias
+        # Even and odd columns are taken apart once; all sums then run along lines.
+        halves = [x[..., i::2].contiguous() for i in range(2)]
+        halves = [_to_tile([h[:, :, i : i + 2 * rows - 1 : 2] for i in range(4)]) for h in halves]
+        tiles = x.new_empty(batch, 4, 4, channels, rows, columns)
+        for line, even, odd in zip(tiles.unbind(1), *halves, strict=True):
+            pixels = even[..., :-1], odd[..., :-1], even[..., 1:], odd[..., 1:]
+            _to_tile(pixels, out=line.unbind(1))
+        products = self.weight @ tiles.flatten(1, 2).flatten(3)
+        products = products.unflatten(-1, (rows, columns)).unflatten(1, (4, 4))
+        products[:, 1, 1] += self.bias  # each pixel of a tile takes this one once
+        y = x.new_empty(batch, products.shape[3], rows, 2, columns, 2)
+        for i, line in enumerate(_to_pixels(products.unbind(1))):
+            _to_pixels(line.unbind(1), out=y[:, :, :, i].unbind(-1))
+        return y.flatten(4, 5).flatten(2, 3)[..., :height, :width]
 
 
-def _to_tile(values: list[Tensor]) -> list[Tensor]:
+def _to_tile(values: Sequence[Tensor], out: Sequence[Tensor | None] = 4 * (None,)) -> list[Tensor]:
     a, b, c, d = values
-    return [a - c, b + c, c - b, b - d]
+    return [
+        torch.sub(a, c, out=out[0]),
+        torch.add(b, c, out=out[1]),
+        torch.sub(c, b, out=out[2]),
+        torch.sub(b, d, out=out[3]),
+    ]
 
 
-def _to_pixels(values: tuple[Tensor, ...]) -> list[Tensor]:
+def _to_pixels(
+    values: Sequence[Tensor], out: Sequence[Tensor | None] = 2 * (None,)
+) -> list[Tensor]:
     a, b, c, d = values
-    return [a + b + c, b - c - d]
+    return [torch.add(a + b, c, out=out[0]), torch.sub(b - c, d, out=out[1])]
