@@ -48,12 +48,12 @@ class WinogradConv2d(nn.Module):
             pixels = even[..., :-1], odd[..., :-1], even[..., 1:], odd[..., 1:]
             _to_tile(pixels, out=line.unbind(1))
         products = self.weight @ tiles.flatten(1, 2).flatten(3)
-        products = products.unflatten(-1, (rows, columns)).unflatten(1, (4, 4))
+        products = products.reshape(batch, 4, 4, -1, rows, columns)
         products[:, 1, 1] += self.bias  # each pixel of a tile takes this one once
         y = x.new_empty(batch, products.shape[3], rows, 2, columns, 2)
         for i, line in enumerate(_to_pixels(products.unbind(1))):
             _to_pixels(line.unbind(1), out=y[:, :, :, i].unbind(-1))
-        return y.flatten(4, 5).flatten(2, 3)[..., :height, :width]
+        return y.reshape(batch, -1, 2 * rows, 2 * columns)[..., :height, :width]
 
 
 def _to_tile(values: Sequence[Tensor], out: Sequence[Tensor | None] = 4 * (None,)) -> list[Tensor]:
