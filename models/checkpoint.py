@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .base import SliceHyperprior
 
 CHECKPOINT_FOLDER = Path(__file__).parent.parent / "checkpoints"
+PROGRESS = ("step", "cooldown_from")  # of a run, which goes on where only weights travel
 
 
 def list_checkpoints() -> list[str]:
@@ -86,9 +87,8 @@ def load_checkpoint(name: Path | str) -> dict:
         if path.suffix in (".safetensors", ".json"):
             metadata, state_dict = read_weights(path)
             checkpoint = {key: metadata[key] for key in ("model", "model_args")}
-            if "step" in metadata:
-                checkpoint["step"] = int(metadata["step"])
-            return {**checkpoint, "state_dict": state_dict}
+            progress = {key: int(metadata[key]) for key in PROGRESS if key in metadata}
+            return {**checkpoint, **progress, "state_dict": state_dict}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about pickle protocols
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -141,7 +141,7 @@ def save_weights(
     max_part_bytes: int = MAX_PART_BYTES,
     in_bytes: bool = False,
 ) -> bool:
-    """Write a checkpoint's weights, tables, configuration and any step as safetensors.
+    """Write a checkpoint's weights, tables, configuration and any progress as safetensors.
 
     Weights are rounded to half precision, but for tensors that hold a value beyond its range
     (65,504). The entropy models, which are small, are kept as they are, because their tables were
@@ -178,7 +178,8 @@ def save_weights(
             state_dict |= to_bytes(key, kept)
         else:
             state_dict[key] = kept
-    metadata = {k: checkpoint[k] for k in ("model", "model_args", "step") if k in checkpoint}
+    named = ("model", "model_args", *PROGRESS)
+    metadata = {k: checkpoint[k] for k in named if checkpoint.get(k) is not None}
     write_weights(state_dict, metadata, path, max_part_bytes)
     return fingerprint(state_dict) != fingerprint(checkpoint["state_dict"])
 

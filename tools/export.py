@@ -9,6 +9,7 @@ from pathlib import Path
 
 import utils
 from models.checkpoint import (
+    PROGRESS,
     build_from_checkpoint,
     check_rate,
     check_weights_output,
@@ -116,14 +117,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{args.checkpoint} lacks {', '.join(sorted(missing))}; give a file that train.py saved"
         )
     training = {} if args.record is None else training_of(checkpoint)
-    step = checkpoint.pop("step", None)  # of a file without it, a training starts at 0
+    # Of a file without its step, a training starts at 0.
+    progress = {key: checkpoint.pop(key, None) for key in PROGRESS}
     if args.for_training:
-        if step is None or "net" not in checkpoint:
+        if progress["step"] is None or "net" not in checkpoint:
             raise utils.UsageError(
                 "--for-training needs a checkpoint of a run, such as its latest, and "
                 f"{args.checkpoint} holds weights only"
             )
-        checkpoint |= {"state_dict": checkpoint["net"], "step": step}
+        checkpoint |= {"state_dict": checkpoint["net"], **progress}
     # Refuses what could not be loaded again.
     model = build_from_checkpoint(checkpoint, args.checkpoint)
     exact = {}

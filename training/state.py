@@ -158,7 +158,8 @@ def before_cooldown(checkpoint: dict, source: Path, cooldown_start: float) -> tu
 
     Returns:
         The state that was kept when the cool-down of this checkpoint began, if the one to come
-        begins later; else the checkpoint itself. Its file is the second value.
+        begins later; else the checkpoint itself. Weights alone, which have no such state, begin
+        it anew. The file is the second value.
 
     Raises:
         UsageError: that state is gone.
@@ -166,6 +167,8 @@ def before_cooldown(checkpoint: dict, source: Path, cooldown_start: float) -> tu
     began = checkpoint.get("cooldown_from")
     if began is None or cooldown_start <= began:
         return checkpoint, source
+    if "optimizers" not in checkpoint:
+        return {**checkpoint, "cooldown_from": None}, source
     stable = checkpoint_path(source.parent, "stable")
     kept = load_checkpoint(stable)
     if kept.get("step") != began:
@@ -345,6 +348,7 @@ class Run:
 
     def _go_on_from_weights(self, checkpoint: dict, source: Path) -> None:
         self.step = self.fresh_from = checkpoint.get("step", 0)
+        self.cooldown_from = checkpoint.get("cooldown_from")
         if not self.step:
             logger.info("%s holds weights only: starting at step 0", source)
             return
