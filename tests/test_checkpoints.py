@@ -104,7 +104,7 @@ def test_numbers_of_a_kodak_picture(coder):
 
 @torch.no_grad()
 def test_network_of_every_rate():
-    """A stream of quality 0, and the numbers of a quality between."""
+    """A stream of quality 0, coded on an H200, and the numbers of a quality between."""
     coder = Coder(load_model("mambavc-light"))
     x = utils.to_tensor(utils.read_image(ROOT / "demo" / "test" / "kodim20.png"))[None]
     data = (Path(__file__).parent / "assets" / "streams" / "kodim20-0.mvc").read_bytes()
