@@ -25,7 +25,7 @@ file CRC     4       CRC-32 of every byte before it
 ============ ======= ==========================================================================
 
 A picture of 768x512 takes 23 bytes beyond its two strings (3 + 1 + 4 + 2 + 2 + 1 + 2 + 4 + 4), in
-version 2 25, and at most 4 for each guard entry: 39 and 41 with four.
+version 2 25, and at most 4 for each guard entry, of which there is hardly ever one.
 
 Version 3, whose tiles are laid out as `models/tiles.py` says:
 

@@ -20,8 +20,8 @@ from .container import BitstreamError
 from .rans import MAX_SYMBOL, SymbolDecoder, Tables, encode
 
 # A scale whose logarithm lies this close to a boundary of the scale table may get another table
-# index on another device. Float64 keeps devices within about 1e-12 of each other.
-GUARD = 1e-6
+# index on another device. Float64 keeps devices within about 1e-13 of each other.
+GUARD = 1e-9
 
 Quantise = Callable[[int, Tensor, Tensor], Tensor]
 

@@ -104,11 +104,13 @@ def test_numbers_of_a_kodak_picture(coder):
 
 @torch.no_grad()
 def test_network_of_every_rate():
-    """A stream of quality 0, coded on an H200, and the numbers of a quality between."""
+    """A stream of quality 0 and 20 guards, coded on an H200; the numbers of a quality between."""
     coder = Coder(load_model("mambavc-light"))
     x = utils.to_tensor(utils.read_image(ROOT / "demo" / "test" / "kodim20.png"))[None]
     data = (Path(__file__).parent / "assets" / "streams" / "kodim20-0.mvc").read_bytes()
     assert utils.psnr(coder.decode(data), x) == pytest.approx(31.025, abs=0.01)
+    stream = container.unpack(again := coder.encode(x, quality=0))
+    assert len(again) - len(stream.z) - len(stream.y) <= 40  # one scale in 60 million is listed
     row, _ = evaluation.evaluate_image(coder, x, estimate=False, quality=50)
     # See results/mambavc-light-kodak.json.
     assert row["bpp"] == pytest.approx(0.3094, rel=0.005)

@@ -46,8 +46,8 @@ def coded(tables, scale):
 @torch.no_grad()
 def test_scales_near_a_boundary_are_listed_and_taken_from_the_list(model, tables):
     boundary = model.gaussian_conditional.scale_table[20].double()
-    factors = torch.tensor([1 - GUARD / 2, 1 + GUARD / 2, 1 - 2 * GUARD, 1 + 2 * GUARD])
-    scale = (boundary * factors.double()).reshape(1, 1, 1, 4).expand(1, 4, 1, 4)
+    steps = torch.tensor([-GUARD / 2, GUARD / 2, -2 * GUARD, 2 * GUARD]).double()
+    scale = (boundary * (1 + steps)).reshape(1, 1, 1, 4).expand(1, 4, 1, 4)
     encoder, _ = coded(tables, scale)
     below, above = 20, 21
     assert encoder.guards[0] == [
