@@ -28,7 +28,7 @@ from PIL import Image
 
 import utils
 from models import container, search
-from models.checkpoint import check_rate, find_checkpoint
+from models.checkpoint import check_backend, check_rate, find_checkpoint
 from models.memory import (
     DEFAULT_MARGIN,
     MAX_WHOLE_PIXELS,
@@ -663,6 +663,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if args.max_memory is None:  # else what was freed would count
             keep_freed_memory()
         device = utils.select_device(args.cuda)
+        check_backend(device)
         exact = args.command == "decode" or not args.fast_entropy
         model = load_model(checkpoint, device)
         limit_device(device, args.max_memory)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import utils
 from models import container
-from models.checkpoint import check_rate, find_checkpoint
+from models.checkpoint import check_backend, check_rate, find_checkpoint
 from models.memory import check_memory, keep_freed_memory
 from utils import DataError, UsageError
 
@@ -388,6 +388,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     keep_freed_memory()
     device = utils.select_device(args.cuda)
+    check_backend(device)
     how = "estimated rates" if args.estimate else "real bitstreams"
     how += f", {torch.cuda.get_device_name(device) if args.cuda else 'CPU'}"
     precision = utils.chosen_precision(args.precision, device)

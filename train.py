@@ -22,9 +22,8 @@ from torch.optim import Optimizer
 
 import models
 import utils
-from kernels.backends import choose_scan
 from kernels.graphs import GraphedPasses, GraphedUpdate
-from models.checkpoint import load_checkpoint
+from models.checkpoint import check_backend, load_checkpoint
 from training import data, state
 from training.criterion import RateDistortionLoss, draw_qualities, rate_weight
 from training.crops import CropSampler, patch_schedule, scheduled_size
@@ -41,7 +40,7 @@ from training.optim import (
 )
 from training.precision import LowPrecision
 from training.validation import Validation, validate
-from utils import DataError, UsageError, number, positive_int
+from utils import DataError, number, positive_int
 
 logger = logging.getLogger("mambavc")
 
@@ -447,10 +446,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         stop = stack.enter_context(state.stop_event(args.max_minutes, start_time))
         log = stack.enter_context(RunLog(folder, run, total_steps, args.log_every, processes))
-        try:
-            choose_scan("auto", processes.device.type)  # which says in the log what it chose
-        except (ValueError, RuntimeError) as error:
-            raise UsageError(str(error)) from None
+        check_backend(processes.device)
 
         def judge(network: nn.Module) -> Validation:
             # Nothing is worth compiling or tuning for sizes that vary from picture to picture.

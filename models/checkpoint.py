@@ -232,6 +232,20 @@ def load_model(path: Path | str, device: torch.device | str = "cpu") -> SliceHyp
     return build_from_checkpoint(load_checkpoint(path), path).to(device)
 
 
+def check_backend(device: torch.device) -> None:
+    """Check that the scan backend the environment asks for runs on a device; log which one does.
+
+    Raises:
+        UsageError: it does not, or there is none of that name.
+    """
+    from kernels.backends import choose_scan
+
+    try:
+        choose_scan("auto", device.type)
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from None
+
+
 def check_rate(model: SliceHyperprior, is_given: bool, source: object, flags: str) -> None:
     """Check that a quality is given for a network of every rate, and for no other.
 

@@ -579,6 +579,14 @@ def test_cuda_without_a_gpu_says_so(folder, checkpoint):
     assert files(folder) == ["a.png", "b.png"]
 
 
+@pytest.mark.parametrize("name", ["fastest", "triton"])
+def test_scan_backend_that_cannot_run_is_a_usage_error(folder, checkpoint, monkeypatch, name):
+    monkeypatch.setenv("MAMBAVC_SCAN_BACKEND", name)
+    with pytest.raises(UsageError, match=f"scan backend '{name}'"):
+        codec.main(["encode", "a.png", "x.mvc", "--checkpoint", checkpoint])
+    assert files(folder) == ["a.png", "b.png"]
+
+
 # As processes
 
 

@@ -556,6 +556,16 @@ def test_cuda_without_a_gpu_says_so(pictures, monkeypatch, capsys):
     assert "--cuda was given but PyTorch sees no GPU" in err
 
 
+@pytest.mark.parametrize("name", ["fastest", "triton"])
+def test_scan_backend_that_cannot_run_is_a_usage_error(pictures, monkeypatch, capsys, name):
+    monkeypatch.setenv("MAMBAVC_SCAN_BACKEND", name)
+    argv = ["--data", pictures, "--checkpoint", CHECKPOINT]
+    code, _, err = run(argv, monkeypatch, capsys)
+    assert code == 2
+    assert f"scan backend '{name}'" in err
+    assert "a.png" not in err
+
+
 @pytest.mark.parametrize(
     ("argv", "code"),
     [

@@ -24,7 +24,7 @@ from PIL import Image, ImageChops
 
 import utils
 from models import container
-from models.checkpoint import check_rate, checkpoint_name, find_checkpoint
+from models.checkpoint import check_backend, check_rate, checkpoint_name, find_checkpoint
 from models.memory import check_memory
 from tools import pillow_codecs
 from utils import DataError, UsageError, logger
@@ -304,7 +304,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from models import Coder, load_model
 
-    model = load_model(checkpoint, utils.select_device(args.cuda))
+    device = utils.select_device(args.cuda)
+    check_backend(device)
+    model = load_model(checkpoint, device)
     check_rate(model, args.quality is not None, args.checkpoint, "--quality")
     comparisons = write_all(Coder(model), files, args.output, codecs, args.quality)
     for name in ("page.css", "page.js"):

@@ -27,7 +27,7 @@ from PIL import Image
 
 import utils
 from models import container
-from models.checkpoint import check_rate, find_checkpoint
+from models.checkpoint import check_backend, check_rate, find_checkpoint
 from models.memory import DEFAULT_MARGIN
 from utils import UsageError
 
@@ -110,6 +110,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
     from models import Coder, load_model
 
     device = utils.select_device(args.cuda)
+    check_backend(device)
     model = load_model(find_checkpoint(args.checkpoint), device)
     check_rate(model, args.quality is not None, args.checkpoint, "--quality")
     coder = Coder(model, graphs=args.cuda)
