@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .base import SliceHyperprior
 
 CHECKPOINT_FOLDER = Path(__file__).parent.parent / "checkpoints"
-PROGRESS = ("step", "cooldown_from")  # of a run, which goes on where only weights travel
+PROGRESS = ("step", "cooldown_from")  # what of a run travels with its weights
 
 
 def list_checkpoints() -> list[str]:

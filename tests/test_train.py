@@ -295,22 +295,24 @@ def test_piece_of_a_cooldown_goes_on_in_it(flags, tmp_path):
     main(flags("here", *options, "--cooldown-steps", "0", steps=1))
     main(flags("here", *options, "--cooldown-steps", "8", "--continue_train", steps=5))
     latest = tmp_path / "here" / "0.05" / "checkpoint_latest.pth.tar"
-    latest.rename(latest := latest.with_name("of_step_5.pth.tar"))
     piece = tmp_path / "piece.safetensors"
     export.main([str(latest), str(piece), "--for-training"])
 
-    def rates(name, cooldown_steps):
+    def rates(name, cooldown_steps, steps=9):
         onwards = ["--checkpoint", str(piece), "--continue_train"]
         onwards += ["--cooldown-steps", str(cooldown_steps)]
-        main(flags(name, *options, *onwards, steps=9))
+        main(flags(name, *options, *onwards, steps=steps))
         events = EventAccumulator(str(tmp_path / name / "0.05")).Reload()
         return [event.value for event in events.Scalars("train/lr")]
 
     # It began at step 1, eight steps from the end.
-    assert rates("in_it", 8) == pytest.approx([0.5e-3, 0.375e-3, 0.25e-3, 0.125e-3])
+    cooled = [0.5e-3, 0.375e-3, 0.25e-3, 0.125e-3]
+    assert rates("in_it", 8) == pytest.approx(cooled)
     # One that is to come later begins from weights that have cooled, as these flags say.
     assert rates("anew", 2) == pytest.approx([1e-3, 1e-3, 1e-3, 0.5e-3])
     assert load(tmp_path / "anew")["cooldown_from"] == 7
+    # So does that of a run that went on in it: what was before it did not travel.
+    assert rates("in_it", 2, steps=12) == pytest.approx([*cooled, 1e-3, 1e-3, 0.5e-3])
 
 
 def test_run_does_not_go_back_behind_a_piece_that_is_given(flags, tmp_path):

@@ -158,8 +158,8 @@ def before_cooldown(checkpoint: dict, source: Path, cooldown_start: float) -> tu
 
     Returns:
         The state that was kept when the cool-down of this checkpoint began, if the one to come
-        begins later; else the checkpoint itself. Weights alone, which have no such state, begin
-        it anew. The file is the second value.
+        begins later; else the checkpoint itself, which begins it anew if its cool-down began
+        where only weights came from. The file is the second value.
 
     Raises:
         UsageError: that state is gone.
@@ -167,7 +167,7 @@ def before_cooldown(checkpoint: dict, source: Path, cooldown_start: float) -> tu
     began = checkpoint.get("cooldown_from")
     if began is None or cooldown_start <= began:
         return checkpoint, source
-    if "optimizers" not in checkpoint:
+    if "optimizers" not in checkpoint or began < checkpoint.get("fresh_from", 0):
         return {**checkpoint, "cooldown_from": None}, source
     stable = checkpoint_path(source.parent, "stable")
     kept = load_checkpoint(stable)
